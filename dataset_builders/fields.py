@@ -1,0 +1,33 @@
+"""Typed access to the fields of a source's records."""
+
+from typing import Any
+
+from dataset_builders.schema import RecordError
+
+_NAMES = {str: "a string", list: "a list", dict: "an object", int: "an integer", bool: "true or false"}
+
+
+def get(record: Any, name: str, kind: type, where: str = "") -> Any:
+    """Field `name` of `record`, checked to be a `kind`; `where` is the path to `record`, ending in a dot.
+
+    Raises:
+        RecordError: the record is no object, the field is missing, or of another type.
+    """
+    if not isinstance(record, dict):
+        raise RecordError(where.rstrip(".") or "record", f"must be an object, got {type(record).__name__}")
+    if name not in record:
+        raise RecordError(where + name, f"is missing; the record has {', '.join(map(str, record)) or 'no field'}")
+    value = record[name]
+    # true is an instance of int
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise RecordError(where + name, f"must be {_NAMES[kind]}, got {type(value).__name__}")
+    return value
+
+
+def get_strings(record: Any, name: str, where: str = "") -> list[str]:
+    """Field `name` of `record`, checked to be a list of strings."""
+    values = get(record, name, list, where)
+    for index, value in enumerate(values):
+        if not isinstance(value, str):
+            raise RecordError(f"{where}{name}[{index}]", f"must be a string, got {type(value).__name__}")
+    return values

@@ -1,0 +1,203 @@
+"""Source files as streams of records, through fsspec (local, http, s3, hf), plain or compressed."""
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import fsspec
+import ijson
+
+from dataset_builders.schema import RecordError
+
+_BLOCK = 1 << 16
+
+
+class SourceError(ValueError):
+    """A file, or a record in it, that cannot be read: names file, place (line or record) and field."""
+
+    def __init__(self, file: str, place: str, problem: str, field: str = ""):
+        super().__init__(f"{file}{', ' + place if place else ''}: {problem}")
+        self.file, self.place, self.problem, self.field = file, place, problem, field
+
+    def __reduce__(self) -> tuple:
+        # errors travel from worker processes
+        return SourceError, (self.file, self.place, self.problem, self.field)
+
+
+@dataclass(frozen=True)
+class Record:
+    """One record of a file and where it stands; JSON lines are parsed on demand, in the process that needs them."""
+
+    place: str
+    content: Any
+
+    def value(self) -> Any:
+        """The parsed record.
+
+        Raises:
+            RecordError: not UTF-8, or not JSON.
+        """
+        if not isinstance(self.content, bytes):
+            return self.content
+        try:
+            return json.loads(self.content)
+        except UnicodeDecodeError as error:
+            raise RecordError(
+                "line", f"is not UTF-8: byte {error.start} is {error.object[error.start]:#04x}"
+            ) from None
+        except json.JSONDecodeError as error:
+            raise RecordError("line", f"is not JSON: {error.msg} at column {error.colno}") from None
+
+
+def expand_paths(path: str) -> list[str]:
+    """The files that `path` names: itself, or the sorted matches of its `*`.
+
+    Raises:
+        SourceError: nothing there, or a directory.
+    """
+    filesystem, _, _ = fsspec.get_fs_token_paths(path)
+    if "*" in path:
+        if not (found := sorted(filesystem.glob(path))):
+            raise SourceError(path, "", "no file matches")
+        return [filesystem.unstrip_protocol(name) if "://" in path else name for name in found]
+    if not path.startswith(("http://", "https://")):
+        if filesystem.isdir(path):
+            raise SourceError(
+                path, "", f"is a directory; name a file, or a pattern such as {path.rstrip('/')}/*.jsonl.gz"
+            )
+        if not filesystem.exists(path):
+            raise SourceError(path, "", "does not exist")
+    return [path]
+
+
+@contextmanager
+def open_stream(path: str) -> Iterator[BinaryIO]:
+    """Open `path` for reading bytes, decompressed by its suffix."""
+    with fsspec.open(path, "rb", compression="infer") as stream:
+        yield stream
+
+
+@contextmanager
+def _readable(file: str, count: list[int], unit: str) -> Iterator[None]:
+    """Turn what a broken compressed stream raises into an error that names the place reached."""
+    try:
+        yield
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        problem = "truncated gzip" if isinstance(error, EOFError) else f"broken gzip: {error}"
+        raise SourceError(file, f"{unit} {count[0] + 1}", problem) from None
+
+
+def json_lines(stream: BinaryIO, file: str) -> Iterator[Record]:
+    """The records of a JSON lines stream, blank lines skipped.
+
+    Raises:
+        SourceError: truncated compression, or no record at all.
+    """
+    count, found = [0], False
+    with _readable(file, count, "line"):
+        for line in stream:
+            count[0] += 1
+            if line.strip():
+                found = True
+                yield Record(f"line {count[0]}", line)
+    if not found:
+        raise SourceError(file, "", "is empty")
+
+
+def json_items(path: str, prefix: str) -> Iterator[Record]:
+    """The records of a JSON document at `prefix` (as ijson writes it: "item", "data.item"), never all in memory.
+
+    Raises:
+        SourceError: truncated compression, broken JSON (with its line), an empty file, or nothing at `prefix`.
+    """
+    count = [0]
+    with _readable(path, count, "record"), open_stream(path) as stream:
+        try:
+            for item in ijson.items(stream, prefix, use_float=True, buf_size=_BLOCK):
+                count[0] += 1
+                yield Record(f"record {count[0]}", item)
+        except ijson.JSONError as error:
+            raise syntax_error(path, error) from None
+    if not count[0]:
+        raise SourceError(path, "", f"holds no record at `{prefix}`", prefix)
+
+
+def json_columns(path: str, names: tuple[str, ...]) -> Iterator[Record]:
+    """The records of a column-oriented JSON document ({"column": {"key": value}}), read in lockstep.
+
+    One stream a column, so that memory does not grow with the file.
+
+    Raises:
+        SourceError: as `json_items`; also columns whose keys differ.
+    """
+    columns = [_column(path, name) for name in names]
+    for index, first in enumerate(columns[0], start=1):
+        pairs = [first, *(next(column, None) for column in columns[1:])]
+        for name, pair in zip(names, pairs, strict=True):
+            if pair is None or pair[0] != first[0]:
+                got = "nothing" if pair is None else repr(pair[0])
+                problem = f"`{name}` has {got} where `{names[0]}` has key {first[0]!r}"
+                raise SourceError(path, f"record {index}", problem, name)
+        yield Record(f"record {index}", {name: pair[1] for name, pair in zip(names, pairs, strict=True)})
+
+
+def _column(path: str, name: str) -> Iterator[tuple[str, Any]]:
+    count = [0]
+    with _readable(path, count, "record"), open_stream(path) as stream:
+        try:
+            for pair in ijson.kvitems(stream, name, use_float=True, buf_size=_BLOCK):
+                count[0] += 1
+                yield pair
+        except ijson.JSONError as error:
+            raise syntax_error(path, error) from None
+    if not count[0]:
+        raise SourceError(path, "", f"holds no column `{name}`", name)
+
+
+def syntax_error(path: str, error: Exception) -> SourceError:
+    """The place of a syntax error in a JSON document, found by parsing it once more, the last block byte by byte."""
+    reason = str(error).split("\n")[0].strip() or type(error).__name__
+    with open_stream(path) as stream:
+        good = _blocks_before_error(stream)
+    line, column, empty = 1, 0, True
+    with open_stream(path) as stream:
+        parser = ijson.basic_parse_coro(_discard())
+        for _ in range(good):
+            block = stream.read(_BLOCK)
+            empty = empty and not block.strip()
+            line += block.count(b"\n")
+            column = len(block) - block.rfind(b"\n") - 1 if b"\n" in block else column + len(block)
+            parser.send(block)
+        try:
+            for byte in stream.read(_BLOCK):
+                empty = empty and not bytes([byte]).strip()
+                line, column = (line + 1, 0) if byte == 0x0A else (line, column + 1)
+                parser.send(bytes([byte]))
+        except ijson.JSONError:
+            pass
+    if empty:
+        return SourceError(path, "", "is empty")
+    return SourceError(path, f"line {line}, column {column}", f"is not JSON: {reason}")
+
+
+def _blocks_before_error(stream: BinaryIO) -> int:
+    parser = ijson.basic_parse_coro(_discard())
+    count = 0
+    try:
+        while block := stream.read(_BLOCK):
+            parser.send(block)
+            count += 1
+    except ijson.JSONError:
+        pass
+    return count
+
+
+class _discard:
+    """Target of a parser whose events nobody reads."""
+
+    def send(self, event: Any) -> None:
+        pass

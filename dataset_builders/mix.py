@@ -1,0 +1,176 @@
+"""The training mix: several sources interleaved, with nothing of its test and benchmark contexts left in training.
+
+The first pass counts every source and indexes the contexts of validation, test and benchmarks; each split is then
+streamed. Precedence: benchmarks and test, then validation, then train. A row whose useful context occurs in a split of
+higher precedence is removed; where it is a distractor, only the distractor is.
+"""
+
+import hashlib
+import json
+import random
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+from dataset_builders.duplicates import ContextIndex
+from dataset_builders.schema import Report, Row
+from dataset_builders.sources import SOURCES, get_source, read_source
+from dataset_builders.splits import SPLITS
+
+OFFLINE_SOURCES = ("coqa", "coqa_school", "boolq", "drop", "sciq", "qasper")
+OFFLINE_BENCHMARKS = ("squad_sample", "biomedical")
+
+
+def build_mix(
+    names: list[str] | None = None,
+    paths: dict[str, str] | None = None,
+    benchmarks: list[str] | None = None,
+    seed: int = 0,
+    commercial_only: bool = False,
+    on_error: str = "raise",
+) -> "Mix":
+    """Prepare a mix of sources.
+
+    Args:
+        names: sources to mix; None: those that install from PyPI.
+        paths: where to read a source from, for those without a default.
+        benchmarks: sources whose contexts must not be trained on; None: the PyPI ones.
+        seed: order of the rows, and whatever a source shuffles; never what is train, validation or test.
+        commercial_only: leave out the sources whose terms do not allow commercial use.
+
+    Raises:
+        ValueError: an unknown name, an evaluation-only source among `names`, or no source left.
+    """
+    names = list(OFFLINE_SOURCES if names is None else names)
+    benchmarks = list(OFFLINE_BENCHMARKS if benchmarks is None else benchmarks)
+    for name in names:
+        if get_source(name).evaluation_only:
+            raise ValueError(f"{name!r} is for evaluation only; pass it in `benchmarks`, not in `names`.")
+    if commercial_only:
+        names = [name for name in names if SOURCES[name].commercial]
+    if not names or len(set(names + benchmarks)) != len(names + benchmarks):
+        raise ValueError(
+            f"`names` and `benchmarks` must be distinct and leave a source to mix, got {names}, {benchmarks}."
+        )
+    return Mix(names, benchmarks, dict(paths or {}), seed, on_error)
+
+
+class Mix:
+    """Streams of the splits of a mix, and the table of what was read, kept and removed. Made by `build_mix`."""
+
+    def __init__(self, names: list[str], benchmarks: list[str], paths: dict[str, str], seed: int, on_error: str):
+        self.names, self.benchmarks, self.paths, self.seed, self.on_error = names, benchmarks, paths, seed, on_error
+        self.reports = {name: Report() for name in names + benchmarks}
+        self.counts = {name: Counter() for name in names + benchmarks}
+        self.splits: dict[str, dict[str, Any]] = {}
+        self._index = ContextIndex()
+        # digest of an indexed context -> the splits and benchmarks that hold it
+        self._holders: dict[str, set[str]] = {}
+        self._found: dict[str, set[str]] = {"exact": set(), "near": set()}
+        for name in names + benchmarks:
+            self._scan(name)
+
+    def _read(self, name: str, split: str, report: Report | None = None) -> Iterator[Row]:
+        return read_source(name, self.paths.get(name), split, self.seed, self.on_error, report)
+
+    def _scan(self, name: str) -> None:
+        for row in self._read(name, "all", self.reports[name]):
+            split = SOURCES[name].split(row)
+            self.counts[name][split] += 1
+            if split == "train" and name not in self.benchmarks:
+                continue
+            holder = name if name in self.benchmarks else split
+            for text in row["contexts_list"]:
+                self._holders.setdefault(self._index.add(text), set()).add(holder)
+
+    def rows(self, split: str) -> Iterator[Row]:
+        """Stream the rows of "train", "validation" or "test", interleaved at random in proportion to the sizes."""
+        if split not in SPLITS:
+            raise ValueError(f"`split` must be one of {', '.join(SPLITS)}, got {split!r}.")
+        kept, removed, fingerprint = Report(), Counter(), hashlib.blake2b(digest_size=16)
+        seen: set[bytes] = set()
+        for row in self._interleave(split):
+            row, reason = self._clean(row, split, removed)
+            identity = row_digest(row)
+            if reason is None and identity in seen:
+                reason = "repeated row"
+            if reason is not None:
+                kept.drop(reason)
+                continue
+            seen.add(identity)
+            fingerprint.update(identity)
+            kept.keep()
+            yield row
+        table = kept.as_dict() | {
+            "distractors_removed": removed["distractors"],
+            "fingerprint": fingerprint.hexdigest(),
+        }
+        self.splits[split] = table
+
+    def _interleave(self, split: str) -> Iterator[Row]:
+        generator = random.Random(f"{self.seed}:{split}")
+        remaining = {name: self.counts[name][split] for name in self.names if self.counts[name][split]}
+        streams = {name: self._read(name, split) for name in remaining}
+        while remaining:
+            name = generator.choices(list(remaining), weights=list(remaining.values()))[0]
+            yield next(streams[name])
+            remaining[name] -= 1
+            if not remaining[name]:
+                del remaining[name]
+
+    def _clean(self, row: Row, split: str, removed: Counter) -> tuple[Row, str | None]:
+        """The row without foreign distractors, and the reason to remove it, if any."""
+        forbidden = {"train": {"validation", "test"}, "validation": {"test"}, "test": set()}[split] | set(
+            self.benchmarks
+        )
+        kept = []
+        for index, text in enumerate(row["contexts_list"]):
+            matches = [match for match in self._index.find(text) if self._holders[match.digest] & forbidden]
+            if split == "train":
+                for match in matches:
+                    self._found["exact" if match.exact else "near"].add(match.digest)
+            if matches and (index in row["useful_contexts"] or not row["useful_contexts"]):
+                kind = "exact" if any(match.exact for match in matches) else "near"
+                return row, f"{kind} duplicate of a held-out context"
+            if not matches:
+                kept.append(index)
+        if len(kept) < len(row["contexts_list"]):
+            removed["distractors"] += len(row["contexts_list"]) - len(kept)
+            row = select_contexts(row, kept)
+        return row, None
+
+    def report(self) -> dict[str, Any]:
+        """The build table; the splits and the overlap of those streamed to their end."""
+        sources = {}
+        for name, report in self.reports.items():
+            source, counts = SOURCES[name], dict(self.counts[name])
+            terms = {
+                "licence": source.licence,
+                "commercial": source.commercial,
+                "evaluation_only": source.evaluation_only,
+            }
+            sources[name] = report.as_dict() | {"splits": counts} | terms
+        overlap = {holder: self._overlap(holder) for holder in [*self.benchmarks, "test", "validation"]}
+        return {"seed": self.seed, "sources": sources, "mix": self.splits, "contexts_found_in_training": overlap}
+
+    def _overlap(self, holder: str) -> dict[str, int]:
+        held = {key for key, holders in self._holders.items() if holder in holders}
+        exact = self._found["exact"] & held
+        return {"contexts": len(held), "exact": len(exact), "near": len((self._found["near"] & held) - exact)}
+
+
+def row_digest(row: Row) -> bytes:
+    """Digest of what a row says, whatever its `sample_idx`."""
+    content = {name: value for name, value in row.items() if name != "sample_idx"}
+    text = json.dumps(content, sort_keys=True, ensure_ascii=False)
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
+def select_contexts(row: Row, indices: list[int]) -> Row:
+    """The row with only those contexts, in that order."""
+    new_index = {old: new for new, old in enumerate(indices)}
+    return row | {
+        "titles_list": [row["titles_list"][index] for index in indices],
+        "contexts_list": [row["contexts_list"][index] for index in indices],
+        "useful_contexts": [new_index[index] for index in row["useful_contexts"] if index in new_index],
+    }
