@@ -1,0 +1,141 @@
+"""Pieces that the kernels share: bounds of a context, loads with dequantization, dot products, the online softmax."""
+
+import triton
+import triton.language as tl
+
+from .launch import INTERPRETED as _INTERPRETED
+
+INTERPRETED = tl.constexpr(_INTERPRETED)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def dot(left, right, accumulator):
+    # the interpreter holds bfloat16 as raw bits, which numpy would multiply as integers
+    if INTERPRETED and left.dtype == tl.bfloat16:
+        left = left.to(tl.float32)
+        right = right.to(tl.float32)
+    return tl.dot(left, right, accumulator, input_precision="ieee")
+
+
+@triton.jit
+def narrow(tile, dtype: tl.constexpr):
+    """A float32 tile in `dtype`, rounded to nearest even."""
+    # the interpreter truncates to bfloat16, the hardware rounds
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = tile.to(tl.int32, bitcast=True)
+        tile = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
+    return tile.to(dtype)
+
+
+@triton.jit
+def context_bounds(offsets, context, num_contexts, num_tokens):
+    """First token of a context and the end of its last, clamped to the tensors: no read leaves them."""
+    context = tl.minimum(tl.maximum(context, 0), num_contexts - 1)
+    start = tl.minimum(tl.maximum(tl.load(offsets + context), 0), num_tokens).to(tl.int32)
+    end = tl.minimum(tl.maximum(tl.load(offsets + context + 1), start), num_tokens).to(tl.int32)
+    return start, end
+
+
+@triton.jit
+def load_rows(base, rows, valid, size: tl.constexpr, BLOCK: tl.constexpr):
+    """`[rows, BLOCK]` channels at `base + rows` (64-bit), zeros past `size` and where not valid."""
+    channels = tl.arange(0, BLOCK)
+    pointers = base + rows.to(tl.int64)[:, None] + channels[None, :]
+    if size == BLOCK:
+        return tl.load(pointers, mask=valid[:, None], other=0.0)
+    return tl.load(pointers, mask=valid[:, None] & (channels < size)[None, :], other=0.0)
+
+
+@triton.jit
+def store_rows(base, rows, tile, valid, size: tl.constexpr, BLOCK: tl.constexpr):
+    """Store `[rows, BLOCK]` channels at `base + rows`, `size` channels of the valid rows."""
+    channels = tl.arange(0, BLOCK)
+    inside = valid[:, None] & (channels < size)[None, :]
+    tl.store(base + rows.to(tl.int64)[:, None] + channels[None, :], tile, mask=inside)
+
+
+@triton.jit
+def log_sum(row_max, row_sum):
+    """Base-2 log-sum-exp; minus infinity for rows that met no token."""
+    return tl.where(row_sum > 0, row_max + tl.log2(tl.where(row_sum > 0, row_sum, 1.0)), -float("inf"))
+
+
+@triton.jit
+def load_group(base, heads, valid, first: tl.constexpr, DIM: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """Scales or zeros, fp32, of SIZE channels from channel `first` on; `heads` is token * num_heads + head."""
+    GROUP: tl.constexpr = 64 if DIM > 64 else DIM
+    GROUPS: tl.constexpr = DIM // GROUP
+    if first // GROUP == (first + SIZE - 1) // GROUP:
+        return tl.load(base + heads * GROUPS + first // GROUP, mask=valid, other=0.0).to(tl.float32)[:, None]
+    channels = tl.arange(0, BLOCK)
+    pointers = base + (heads * GROUPS)[:, None] + ((first + channels) // GROUP)[None, :]
+    inside = valid[:, None] & (channels < SIZE)[None, :]
+    return tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_states(
+    base, scale, zero, tokens, valid, stride, head, num_heads,
+    dtype: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, FORMAT: tl.constexpr,
+):  # fmt: skip
+    """Keys or values of `tokens`, dequantized in registers to `dtype`: the lower and the upper half of the channels
+    for int4, one tile twice otherwise. `base` points at the head."""
+    if FORMAT == 0:
+        states = load_rows(base, tokens.to(tl.int64) * stride, valid, HEAD_DIM, BLOCK_D)
+        return states, states
+    heads = tokens.to(tl.int64) * num_heads + head
+    if FORMAT == 8:
+        states = load_rows(base, tokens.to(tl.int64) * stride, valid, HEAD_DIM, BLOCK_D).to(tl.float32)
+        states = narrow(states * tl.load(scale + heads, mask=valid, other=0.0).to(tl.float32)[:, None], dtype)
+        return states, states
+    HALF: tl.constexpr = HEAD_DIM // 2
+    pairs = load_rows(base, tokens.to(tl.int64) * stride, valid, HALF, BLOCK_D)
+    low = (pairs & 15).to(tl.float32) * load_group(scale, heads, valid, 0, HEAD_DIM, HALF, BLOCK_D)
+    high = (pairs >> 4).to(tl.float32) * load_group(scale, heads, valid, HALF, HEAD_DIM, HALF, BLOCK_D)
+    low += load_group(zero, heads, valid, 0, HEAD_DIM, HALF, BLOCK_D)
+    high += load_group(zero, heads, valid, HALF, HEAD_DIM, HALF, BLOCK_D)
+    if HALF != BLOCK_D:
+        # padding channels of the values may hold the zero point: the store masks them, the keys' meet zero queries
+        inside = (tl.arange(0, BLOCK_D) < HALF)[None, :]
+        low = tl.where(inside, low, 0.0)
+        high = tl.where(inside, high, 0.0)
+    return narrow(low, dtype), narrow(high, dtype)
+
+
+@triton.jit
+def attend(
+    query_low, query_high, output_low, output_high, row_max, row_sum,
+    key, key_scale, key_zero, value, value_scale, value_zero,
+    first, last, end, scale_log2, stride_key, stride_value, head, num_heads,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, FORMAT: tl.constexpr,
+    MASKED: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Online softmax over the tokens [first, last), in steps of BLOCK_N; tokens from `end` on count for nothing."""
+    for start in tl.range(first, last, BLOCK_N, num_stages=STAGES):
+        tokens = start + tl.arange(0, BLOCK_N)
+        inside = tokens < end
+        low, high = load_states(
+            key, key_scale, key_zero, tokens, inside, stride_key, head, num_heads,
+            query_low.dtype, HEAD_DIM, BLOCK_D, FORMAT,
+        )  # fmt: skip
+        scores = dot(query_low, tl.trans(low), tl.zeros([query_low.shape[0], BLOCK_N], tl.float32))
+        if FORMAT == 4:
+            scores = dot(query_high, tl.trans(high), scores)
+        scores = scores * scale_log2
+        if MASKED:
+            scores = tl.where(inside[None, :], scores, -float("inf"))
+        new_max = tl.maximum(row_max, tl.max(scores, 1))
+        correction = tl.exp2(row_max - new_max)
+        weights = tl.exp2(scores - new_max[:, None])
+        row_sum = row_sum * correction + tl.sum(weights, 1)
+        row_max = new_max
+        low, high = load_states(
+            value, value_scale, value_zero, tokens, inside, stride_value, head, num_heads,
+            query_low.dtype, HEAD_DIM, BLOCK_D, FORMAT,
+        )  # fmt: skip
+        weights = narrow(weights, query_low.dtype)
+        output_low = dot(weights, low, output_low * correction[:, None])
+        if FORMAT == 4:
+            output_high = dot(weights, high, output_high * correction[:, None])
+    return output_low, output_high, row_max, row_sum
