@@ -1,8 +1,8 @@
 """Backward: gradients of query, key and value, each element written by one program in a fixed order (deterministic).
 
-`query_gradient_kernel` walks over the context of a tile of query rows and leaves delta = sum(output * grad_output) behind.
-`context_gradient_kernel` holds a tile of one context's tokens and walks over all query rows that attend to that context:
-rows that share a context are summed without atomics.
+`query_gradient_kernel` walks over the context of a tile of query rows and leaves delta = sum(output * grad_output).
+`context_gradient_kernel` holds a tile of one context's tokens and walks over all query rows that attend to that
+context: rows that share a context are summed without atomics.
 """
 
 import math
@@ -133,7 +133,7 @@ def rows_by_context(context_index: Tensor, num_contexts: int) -> tuple[Tensor, T
 
 
 def token_tiles(offsets: Tensor, num_tokens: int, block_n: int) -> tuple[Tensor, Tensor]:
-    """The context of each tile of `block_n` tokens (num_contexts where there is none) and each context's first tile."""
+    """The context of each tile of `block_n` tokens (num_contexts: none) and each context's first tile."""
     num_contexts = offsets.shape[0] - 1
     tiles = (offsets[1:] - offsets[:-1] + block_n - 1) // block_n
     tile_offsets = torch.nn.functional.pad(tiles.cumsum(0), (1, 0))

@@ -21,7 +21,8 @@ def cross_attention_with_lse(
     """`cross_attention`, and the natural logarithm of each row's sum of exponentials.
 
     Returns:
-        The output, and float32 `[batch, num_heads, query_len]`, minus infinity for an empty context; both differentiable.
+        The output, and float32 `[batch, num_heads, query_len]`, minus infinity for an empty context: both
+        differentiable.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     return cross_attention_op(

@@ -127,9 +127,7 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad_output, grad_lse):
     if ctx.quantized:
-        raise ValueError(
-            "quantized keys and values have no gradient, got a backward pass; dequantize the cache first."
-        )
+        raise ValueError("quantized keys and values have no gradient, got a backward pass; dequantize them first.")
     query, key, value, offsets, context_index, output, lse = ctx.saved_tensors
     if grad_output is None:
         grad_output = torch.zeros_like(output)

@@ -16,6 +16,12 @@ from .tiles import dot, load_rows, narrow
 
 
 @triton.jit
+def load_factor(base, places, valid):
+    """One float32 factor a row, as a column."""
+    return tl.load(base + places, mask=valid, other=0.0).to(tl.float32)[:, None]
+
+
+@triton.jit
 def load_chunk(
     states, scale, zero, rows, valid, stride, chunk,
     HEADS: tl.constexpr, DIM: tl.constexpr, GROUP: tl.constexpr, FORMAT: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -39,26 +45,15 @@ def load_chunk(
     factors = (rows.to(tl.int64) * HEADS + head) * GROUPS
     low_group = first // GROUP
     if FORMAT == 8:
-        factor = tl.load(scale + factors + low_group, mask=valid, other=0.0).to(tl.float32)
-        result = raw.to(tl.float32) * factor[:, None]
+        result = raw.to(tl.float32) * load_factor(scale, factors + low_group, valid)
         return result, result, column, column, inside
     high_group = (first + STORED) // GROUP
-    low = (raw & 15).to(tl.float32) * tl.load(scale + factors + low_group, mask=valid, other=0.0).to(tl.float32)[
-        :, None
-    ]
-    high = (raw >> 4).to(tl.float32) * tl.load(scale + factors + high_group, mask=valid, other=0.0).to(tl.float32)[
-        :, None
-    ]
-    low += tl.load(zero + factors + low_group, mask=valid, other=0.0).to(tl.float32)[:, None]
-    high += tl.load(zero + factors + high_group, mask=valid, other=0.0).to(tl.float32)[:, None]
-    low_channel = head * DIM + first
-    return (
-        tl.where(inside[None, :], low, 0.0),
-        tl.where(inside[None, :], high, 0.0),
-        low_channel,
-        low_channel + STORED,
-        inside,
-    )
+    low = (raw & 15).to(tl.float32) * load_factor(scale, factors + low_group, valid)
+    low = tl.where(inside[None, :], low + load_factor(zero, factors + low_group, valid), 0.0)
+    high = (raw >> 4).to(tl.float32) * load_factor(scale, factors + high_group, valid)
+    high = tl.where(inside[None, :], high + load_factor(zero, factors + high_group, valid), 0.0)
+    channel = head * DIM + first
+    return low, high, channel, channel + STORED, inside
 
 
 @triton.jit
@@ -115,22 +110,13 @@ def project_kernel(
             states, scale, zero, rows, valid, stride, chunk, HEADS, DIM, GROUP, FORMAT, BLOCK_K
         )
         result = project_half(
-            low,
-            low_channel,
-            inside,
-            weight,
-            norm_weight,
-            row_factor,
-            columns,
-            in_columns,
-            stride_weight,
-            result,
+            low, low_channel, inside, weight, norm_weight, row_factor, columns, in_columns, stride_weight, result,
             BLOCK_K,
-        )
+        )  # fmt: skip
         if FORMAT == 4:
             result = project_half(
-                high, high_channel, inside, weight, norm_weight, row_factor, columns, in_columns, stride_weight, result,
-                BLOCK_K,
+                high, high_channel, inside, weight, norm_weight, row_factor, columns, in_columns, stride_weight,
+                result, BLOCK_K,
             )  # fmt: skip
     if bias is not None:
         result += tl.load(bias + columns, mask=in_columns, other=0.0).to(tl.float32)[None, :]
