@@ -31,3 +31,13 @@ def get_strings(record: Any, name: str, where: str = "") -> list[str]:
         if not isinstance(value, str):
             raise RecordError(f"{where}{name}[{index}]", f"must be a string, got {type(value).__name__}")
     return values
+
+
+def zip_columns(record: Any, names: tuple[str, ...], where: str = "") -> list[tuple[Any, ...]]:
+    """The rows of `record`'s columns `names`, checked to be lists of one length."""
+    columns = [get(record, name, list, where) for name in names]
+    for name, column in zip(names, columns, strict=True):
+        if len(column) != len(columns[0]):
+            rule = f"must be as long as `{names[0]}` ({len(columns[0])}), got {len(column)}"
+            raise RecordError(where + name, rule)
+    return list(zip(*columns, strict=True))

@@ -3,17 +3,20 @@
 import gzip
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import fsspec
 import ijson
+import pyarrow
+import pyarrow.parquet
 
 from dataset_builders.schema import RecordError
 
 _BLOCK = 1 << 16
+_PARQUET_BATCH = 64
 
 
 class SourceError(ValueError):
@@ -32,6 +35,7 @@ class SourceError(ValueError):
 class Record:
     """One record of a file and where it stands; JSON lines are parsed on demand, in the process that needs them."""
 
+    file: str
     place: str
     content: Any
 
@@ -51,6 +55,46 @@ class Record:
             ) from None
         except json.JSONDecodeError as error:
             raise RecordError("line", f"is not JSON: {error.msg} at column {error.colno}") from None
+
+
+def file_records(path: str, read_json: Callable[[str], Iterator[Record]] | None = None) -> Iterator[Record]:
+    """The records of all files that `path` names: Parquet, JSON lines, or a JSON document read by `read_json`.
+
+    Raises:
+        SourceError: nothing to read there, or a suffix that says something else.
+    """
+    for file in expand_paths(path):
+        name = file.split("?")[0].removesuffix(".gz")
+        if name.endswith(".parquet"):
+            yield from parquet_rows(file)
+        elif name.endswith((".jsonl", ".ndjson")):
+            with open_stream(file) as stream:
+                yield from json_lines(stream, file)
+        elif name.endswith(".json") and read_json is not None:
+            yield from read_json(file)
+        else:
+            kinds = ".jsonl, .parquet" + (", .json" if read_json else "")
+            raise SourceError(file, "", f"has none of the expected suffixes ({kinds}; .gz may follow)")
+
+
+def parquet_rows(path: str) -> Iterator[Record]:
+    """The rows of a Parquet file, a small batch in memory at a time.
+
+    Raises:
+        SourceError: not a Parquet file, truncated, or without rows.
+    """
+    count = 0
+    with open_stream(path) as stream:
+        try:
+            for batch in pyarrow.parquet.ParquetFile(stream).iter_batches(batch_size=_PARQUET_BATCH):
+                for row in batch.to_pylist():
+                    count += 1
+                    yield Record(path, f"row {count}", row)
+        except (pyarrow.ArrowInvalid, OSError) as error:
+            place = f"row {count + 1}" if count else ""
+            raise SourceError(path, place, f"broken Parquet: {str(error).splitlines()[0]}") from None
+    if not count:
+        raise SourceError(path, "", "is empty")
 
 
 def expand_paths(path: str) -> list[str]:
@@ -103,7 +147,7 @@ def json_lines(stream: BinaryIO, file: str) -> Iterator[Record]:
             count[0] += 1
             if line.strip():
                 found = True
-                yield Record(f"line {count[0]}", line)
+                yield Record(file, f"line {count[0]}", line)
     if not found:
         raise SourceError(file, "", "is empty")
 
@@ -119,7 +163,7 @@ def json_items(path: str, prefix: str) -> Iterator[Record]:
         try:
             for item in ijson.items(stream, prefix, use_float=True, buf_size=_BLOCK):
                 count[0] += 1
-                yield Record(f"record {count[0]}", item)
+                yield Record(path, f"record {count[0]}", item)
         except ijson.JSONError as error:
             raise syntax_error(path, error) from None
     if not count[0]:
@@ -142,7 +186,7 @@ def json_columns(path: str, names: tuple[str, ...]) -> Iterator[Record]:
                 got = "nothing" if pair is None else repr(pair[0])
                 problem = f"`{name}` has {got} where `{names[0]}` has key {first[0]!r}"
                 raise SourceError(path, f"record {index}", problem, name)
-        yield Record(f"record {index}", {name: pair[1] for name, pair in zip(names, pairs, strict=True)})
+        yield Record(path, f"record {index}", {name: pair[1] for name, pair in zip(names, pairs, strict=True)})
 
 
 def _column(path: str, name: str) -> Iterator[tuple[str, Any]]:

@@ -13,8 +13,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from dataset_builders.duplicates import ContextIndex
+from dataset_builders.reading import read_source
 from dataset_builders.schema import Report, Row
-from dataset_builders.sources import SOURCES, get_source, read_source
+from dataset_builders.sources import SOURCES, get_source
 from dataset_builders.splits import SPLITS
 
 OFFLINE_SOURCES = ("coqa", "coqa_school", "boolq", "drop", "sciq", "qasper")

