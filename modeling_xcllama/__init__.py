@@ -1,0 +1,7 @@
+"""Local re-exports; a Hub model repo holds the files beside this one, not this one."""
+
+from .configuration_xcllama import XCLlamaConfig
+from .context_cache import ContextCache, ProjectedContext
+from .modeling_xcllama import XCLlamaForCausalLM, XCLlamaModel
+
+__all__ = ["ContextCache", "ProjectedContext", "XCLlamaConfig", "XCLlamaForCausalLM", "XCLlamaModel"]

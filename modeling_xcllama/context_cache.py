@@ -1,0 +1,404 @@
+"""ContextCache: encoded documents as packed, immutable tensors that are saved, verified, quantized and combined.
+
+A file is one safetensors file: the states ("hidden", or "key" and "value" when condensed; a quantized state adds
+"<name>.scale" and "<name>.zero"), "offsets", "token_ids", "rows" and "row_offsets" (documents of each row, back
+to back), and a header with format, version, layout, dtype, fingerprint and checksum. It is mapped, not copied.
+"""
+
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .quantized_tensor import QuantizedTensor, cat_states, map_state, quantization_heads, quantize
+
+FORMAT = "xcllama-context-cache"
+FORMAT_VERSION = 1
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+QUANTIZED_BITS = {"int8": 8, "int4": 4}
+LAYOUTS = {"hidden": ("hidden",), "condensed": ("key", "value")}
+
+
+@dataclass(frozen=True, eq=False)
+class ContextCache:
+    """Encoded documents, packed back to back, and the rows (one a request) that read them.
+
+    Args:
+        states: by name, `{"hidden": [num_tokens, width]}` or `{"key", "value": [num_tokens, kv_heads, head_dim]}`;
+            tensors or `QuantizedTensor`s.
+        offsets: first token of each document and the end of the last, `num_documents + 1` values.
+        token_ids: int32 `[num_tokens]`, on the CPU.
+        fingerprint: digest of what made the states.
+        rows: the documents that each row reads, in order; default one row a document.
+
+    Raises:
+        ValueError: the parts do not fit together.
+    """
+
+    states: dict[str, "Tensor | QuantizedTensor"]
+    offsets: tuple[int, ...]
+    token_ids: Tensor
+    fingerprint: str
+    rows: tuple[tuple[int, ...], ...] | None = None
+
+    def __post_init__(self):
+        object.__setattr__(self, "offsets", tuple(int(offset) for offset in self.offsets))
+        if self.rows is None:
+            object.__setattr__(self, "rows", tuple((document,) for document in range(len(self.offsets) - 1)))
+        if tuple(self.states) not in LAYOUTS.values():
+            raise ValueError(f"a context cache holds 'hidden' or 'key' and 'value' states, got {sorted(self.states)}.")
+        if not self.rows:
+            raise ValueError("a context cache needs at least one context, got an empty list.")
+        if self.offsets[:1] != (0,) or any(end < start for start, end in pairwise(self.offsets)):
+            raise ValueError(f"`offsets` must start at 0 and never decrease, got {self.offsets[:8]}...")
+        for name, tensor in (*self.states.items(), ("token_ids", self.token_ids)):
+            if tensor.shape[0] != self.offsets[-1]:
+                raise ValueError(
+                    f"`{name}` must have {self.offsets[-1]} tokens as `offsets` say, got {tensor.shape[0]}."
+                )
+        if any(not 0 <= document < len(self.offsets) - 1 for row in self.rows for document in row):
+            raise ValueError(f"`rows` must name documents in [0, {len(self.offsets) - 2}].")
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return len(self.rows)
+
+    def __repr__(self) -> str:
+        return (
+            f"ContextCache({len(self)} contexts, {sum(self.lengths)} tokens, {self.layout}, {self.dtype}, "
+            f"{self.nbytes} bytes, fingerprint {self.fingerprint[:12]})"
+        )
+
+    def __deepcopy__(self, memo) -> "ContextCache":
+        # immutable: copies share it (assisted decoding deep-copies its arguments)
+        return self
+
+    @property
+    def layout(self) -> str:
+        """ "hidden" (states, projected at use) or "condensed" (final keys and values)."""
+        return "hidden" if "hidden" in self.states else "condensed"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the stored states; `torch.int8` or `torch.int4` when quantized."""
+        state = next(iter(self.states.values()))
+        if isinstance(state, Tensor):
+            return state.dtype
+        return torch.int8 if state.bits == 8 else torch.int4
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the states are int8 or int4."""
+        return not isinstance(next(iter(self.states.values())), Tensor)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the states."""
+        return next(iter(self.states.values())).device
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens that each row reads."""
+        return [sum(self.offsets[d + 1] - self.offsets[d] for d in row) for row in self.rows]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the documents that the rows read, each document counted once."""
+        return sum(self.offsets[d + 1] - self.offsets[d] for d in {d for row in self.rows for d in row})
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Bytes of one token's states, scales included."""
+        stored = sum(state.nbytes for state in self.states.values())
+        return stored / self.offsets[-1] if self.offsets[-1] else 0.0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the states that the rows read, scales included, each document counted once."""
+        return round(self.bytes_per_token * self.num_tokens)
+
+    def row_token_ids(self, row: int) -> Tensor:
+        """Token ids of what row `row` reads, int32 `[length]`."""
+        parts = [self.token_ids[self.offsets[d] : self.offsets[d + 1]] for d in self.rows[row]]
+        return torch.cat(parts) if parts else self.token_ids[:0]
+
+    def _pick(self, index: int) -> tuple[int, ...]:
+        if not 0 <= index < len(self):
+            raise ValueError(f"context indices must be in [0, {len(self) - 1}], got {index}.")
+        return self.rows[index]
+
+    def select(self, indices: Iterable[int]) -> "ContextCache":
+        """One row for each of `indices`, in that order; nothing is copied."""
+        return replace(self, rows=tuple(self._pick(int(index)) for index in indices))
+
+    def join(self, groups: Iterable[Iterable[int]]) -> "ContextCache":
+        """One row for each group, reading all its contexts; an empty group is a row without a context."""
+        return replace(self, rows=tuple(sum((self._pick(int(i)) for i in group), ()) for group in groups))
+
+    @staticmethod
+    def concat(caches: Sequence["ContextCache"]) -> "ContextCache":
+        """The rows of all `caches`, one after the other.
+
+        Raises:
+            ValueError: no cache, or caches of different layout, dtype or fingerprint.
+        """
+        if not caches:
+            raise ValueError("`ContextCache.concat` needs at least one cache, got an empty list.")
+        first = caches[0]
+        for cache in caches[1:]:
+            for field in ("layout", "dtype", "fingerprint", "device"):
+                if getattr(cache, field) != getattr(first, field):
+                    raise ValueError(
+                        f"caches to concatenate must have one {field}, "
+                        f"got {getattr(first, field)} and {getattr(cache, field)}."
+                    )
+        if all(cache.states is first.states for cache in caches):
+            return replace(first, rows=sum((cache.rows for cache in caches), ()))
+        offsets, rows = [0], []
+        for cache in caches:
+            start, documents = offsets[-1], len(offsets) - 1
+            offsets.extend(start + offset for offset in cache.offsets[1:])
+            rows.extend(tuple(document + documents for document in row) for row in cache.rows)
+        states = {name: cat_states([cache.states[name] for cache in caches]) for name in first.states}
+        token_ids = torch.cat([cache.token_ids for cache in caches])
+        return ContextCache(states, tuple(offsets), token_ids, first.fingerprint, tuple(rows))
+
+    def quantize(self, dtype: str) -> "ContextCache":
+        """A new cache with int8 (scale a token and head) or int4 (asymmetric groups) states.
+
+        Raises:
+            ValueError: `dtype` is neither "int8" nor "int4", or the cache is quantized already.
+        """
+        if dtype not in QUANTIZED_BITS:
+            raise ValueError(f"`dtype` must be one of {', '.join(map(repr, QUANTIZED_BITS))}, got {dtype!r}.")
+        if self.is_quantized:
+            raise ValueError(f"this cache is {self.dtype} already; quantize the 16-bit cache it came from.")
+
+        def convert(state: Tensor) -> QuantizedTensor:
+            heads = state if state.dim() == 3 else state.unflatten(1, (quantization_heads(state.shape[1]), -1))
+            if dtype == "int4" and (heads.shape[-1] % 2 or heads.shape[-1] % min(heads.shape[-1], 64)):
+                raise ValueError(f"int4 needs an even head width (a multiple of 64 above 64), got {heads.shape[-1]}.")
+            return quantize(heads, QUANTIZED_BITS[dtype])
+
+        return replace(self, states={name: convert(state) for name, state in self.states.items()})
+
+    def to(
+        self,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        non_blocking: bool = False,
+    ) -> "ContextCache":
+        """The cache on `device` and, when not quantized, in the floating `dtype`."""
+        if dtype is not None and (self.is_quantized or dtype not in FLOAT_DTYPES):
+            raise ValueError(
+                f"a {self.dtype} cache cannot be converted to {dtype}; use `quantize`, or keep its dtype."
+            )
+        if dtype in (None, self.dtype) and device in (None, self.device, str(self.device)):
+            return self
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device=device, dtype=dtype, non_blocking=non_blocking)
+
+        return replace(self, states={name: map_state(state, move) for name, state in self.states.items()})
+
+    def compact(self) -> "ContextCache":
+        """A cache that stores only the documents its rows read; itself if that is all of them."""
+        used = list(dict.fromkeys(document for row in self.rows for document in row))
+        if used == list(range(len(self.offsets) - 1)):
+            return self
+        spans = [(self.offsets[document], self.offsets[document + 1]) for document in used]
+        renumbered = {document: position for position, document in enumerate(used)}
+
+        def gather(tensor):
+            return map_state(tensor, lambda part: torch.cat([part[:0], *(part[start:end] for start, end in spans)]))
+
+        return ContextCache(
+            {name: gather(state) for name, state in self.states.items()},
+            tuple(accumulate((end - start for start, end in spans), initial=0)),
+            gather(self.token_ids),
+            self.fingerprint,
+            tuple(tuple(renumbered[document] for document in row) for row in self.rows),
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write the cache to one safetensors file, atomically: readers see the old file or the new one."""
+        cache = self.compact().to("cpu")
+        tensors = {
+            "token_ids": cache.token_ids.contiguous(),
+            "offsets": torch.tensor(cache.offsets, dtype=torch.int64),
+        }
+        for name, state in cache.states.items():
+            parts = (state,) if isinstance(state, Tensor) else state.tensors()
+            tensors |= {
+                name + suffix: part.contiguous() for suffix, part in zip(("", ".scale", ".zero"), parts, strict=False)
+            }
+        flat = [document for row in cache.rows for document in row]
+        tensors["rows"] = torch.tensor(flat, dtype=torch.int64)
+        tensors["row_offsets"] = torch.tensor([0, *accumulate(map(len, cache.rows))], dtype=torch.int64)
+        header = {
+            "format": FORMAT,
+            "format_version": str(FORMAT_VERSION),
+            "layout": cache.layout,
+            "dtype": str(cache.dtype).removeprefix("torch."),
+            "fingerprint": cache.fingerprint,
+        }
+        header["checksum"] = _checksum(header, tensors)
+        path = Path(path)
+        partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+        try:
+            save_file(tensors, partial, metadata=header)
+            with open(partial, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | Path, verify: bool = True) -> "ContextCache":
+        """Map a file that `save` wrote.
+
+        Args:
+            path: the file.
+            verify: compare the checksum, which reads the whole file once.
+
+        Raises:
+            ValueError: no context cache, of a newer format, truncated or altered.
+            FileNotFoundError: no such file.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"no context cache at {path}.")
+        try:
+            with safe_open(path, framework="pt") as file:
+                header = file.metadata() or {}
+                _check_header(header, path)
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+        except SafetensorError as error:
+            raise ValueError(
+                f"{path} is truncated, or no safetensors file ({error}); encode the contexts again."
+            ) from error
+        if verify and _checksum({k: v for k, v in header.items() if k != "checksum"}, tensors) != header.get(
+            "checksum"
+        ):
+            raise ValueError(f"{path} was altered: its checksum does not match; encode the contexts again.")
+        try:
+            return _assemble(header, tensors)
+        except (KeyError, IndexError, TypeError, RuntimeError, ValueError) as error:
+            raise ValueError(f"{path} is no valid context cache: {error!r}; encode the contexts again.") from error
+
+
+def _checksum(header: dict[str, str], tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _check_header(header: dict[str, str], path: Path) -> None:
+    if header.get("format") != FORMAT:
+        raise ValueError(
+            f"{path} is no context cache: its header has format {header.get('format')!r}, not {FORMAT!r}."
+        )
+    version = header.get("format_version", "")
+    if not version.isdecimal():
+        raise ValueError(f"{path} has no readable format version: {version!r}.")
+    if int(version) > FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has format version {version}, this code reads up to {FORMAT_VERSION}; update the model's code."
+        )
+
+
+def _assemble(header: dict[str, str], tensors: dict[str, Tensor]) -> ContextCache:
+    """Build a cache from a file's tensors, trusting nothing about their shapes."""
+    states = {}
+    for name in LAYOUTS[header["layout"]]:
+        data = tensors[name]
+        if header["dtype"] not in QUANTIZED_BITS:
+            expected, states[name] = getattr(torch, header["dtype"]), data
+            if expected not in FLOAT_DTYPES or data.dtype != expected:
+                raise ValueError(f"`{name}` is {data.dtype}, its header says {header['dtype']}")
+        else:
+            four = header["dtype"] == "int4"
+            state = QuantizedTensor(data, tensors[f"{name}.scale"], tensors[f"{name}.zero"] if four else None)
+            groups = (max(1, state.shape[-1] // 64),) if four else ()
+            if data.dtype != (torch.uint8 if four else torch.int8) or data.dim() != 3:
+                raise ValueError(f"`{name}` is {data.dtype} with {data.dim()} dimensions")
+            for part in state.tensors()[1:]:
+                if part.shape != (*data.shape[:2], *groups) or part.dtype != torch.float16:
+                    raise ValueError(f"scales of `{name}` have shape {list(part.shape)} and dtype {part.dtype}")
+            states[name] = state
+        if isinstance(states[name], Tensor) and data.dim() != (2 if name == "hidden" else 3):
+            raise ValueError(f"`{name}` has {data.dim()} dimensions")
+        finite = (data,) if isinstance(states[name], Tensor) else states[name].tensors()[1:]
+        if any(part.numel() and not part.abs().amax().isfinite() for part in finite):
+            raise ValueError(f"`{name}` has NaN or infinite values")
+    for name in ("offsets", "rows", "row_offsets", "token_ids"):
+        if tensors[name].dim() != 1 or tensors[name].dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"`{name}` must be a list of integers")
+    flat, bounds = tensors["rows"].tolist(), tensors["row_offsets"].tolist()
+    if bounds[:1] != [0] or bounds[-1] != len(flat) or bounds != sorted(bounds):
+        raise ValueError("`row_offsets` does not fit `rows`")
+    rows = tuple(tuple(flat[start:end]) for start, end in pairwise(bounds))
+    return ContextCache(states, tuple(tensors["offsets"].tolist()), tensors["token_ids"], header["fingerprint"], rows)
+
+
+@dataclass(frozen=True, eq=False)
+class ProjectedContext:
+    """Keys and values of every cross-attention projection for the rows of a cache: reusable over turns and requests.
+
+    Args:
+        keys, values: one entry a projection, `[num_tokens, kv_heads, head_dim]`, tensors or `QuantizedTensor`s.
+        rows: which tokens each row reads (`ContextRows`).
+        cache: the cache they came from.
+    """
+
+    keys: tuple
+    values: tuple
+    rows: object
+    cache: ContextCache
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return len(self.rows)
+
+    def __deepcopy__(self, memo) -> "ProjectedContext":
+        return self
+
+    @property
+    def fingerprint(self) -> str:
+        """Fingerprint of the cache they came from."""
+        return self.cache.fingerprint
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all keys and values, scales included."""
+        return sum(state.nbytes for state in (*self.keys, *self.values))
+
+    def select(self, indices: Sequence[int]) -> "ProjectedContext":
+        """One row for each of `indices`; nothing is copied."""
+        cache = self.cache.select(indices)
+        index = tuple(self.rows.context_index[int(row)] for row in indices)
+        return replace(self, rows=replace(self.rows, context_index=index), cache=cache)
+
+    def to(
+        self, device: torch.device | str, dtype: torch.dtype | None = None, non_blocking: bool = False
+    ) -> "ProjectedContext":
+        """The keys and values on `device`."""
+
+        def move(states: tuple) -> tuple:
+            return tuple(
+                map_state(s, lambda t: t.to(device=device, dtype=dtype, non_blocking=non_blocking)) for s in states
+            )
+
+        return replace(self, keys=move(self.keys), values=move(self.values))

@@ -1,0 +1,86 @@
+"""From padded token ids to packed states: batches by token budget, windows for long texts, digests of what encodes."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+# tokens encoded in one batch, padding included
+TOKENS_PER_BATCH = 4096
+# encoders whose positions start behind the padding index
+OFFSET_POSITION_MODELS = (
+    "roberta",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "camembert",
+    "longformer",
+    "roberta-prelayernorm",
+)
+
+
+def unpad(input_ids: Tensor, attention_mask: Tensor | None) -> list[Tensor]:
+    """The tokens of each row of `[num_contexts, length]`, without padding on either side.
+
+    Raises:
+        ValueError: wrong shapes, or no context at all.
+    """
+    if input_ids.dim() != 2 or input_ids.shape[0] == 0:
+        raise ValueError(
+            "`context_input_ids` must have shape [num_contexts, length] with at least one context, "
+            f"got {list(input_ids.shape)}."
+        )
+    if attention_mask is None:
+        return list(input_ids)
+    if attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"`context_attention_mask` must have the shape of `context_input_ids` {list(input_ids.shape)}, "
+            f"got {list(attention_mask.shape)}."
+        )
+    return [ids[mask.bool()] for ids, mask in zip(input_ids, attention_mask, strict=True)]
+
+
+def num_positions(config) -> int:
+    """Most tokens that a decoder or encoder with `config` was made to read at once."""
+    positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 512
+    return positions - (config.pad_token_id + 1) if config.model_type in OFFSET_POSITION_MODELS else positions
+
+
+def windows(length: int, most: int) -> Iterator[tuple[int, int]]:
+    """Spans that cover `length` tokens in as few windows of at most `most` as possible, evenly."""
+    count = -(-length // most)
+    bounds = [round(index * length / count) for index in range(count + 1)]
+    return zip(bounds[:-1], bounds[1:], strict=True)
+
+
+def batches_by_length(lengths: list[int], tokens_per_batch: int = TOKENS_PER_BATCH) -> Iterator[list[int]]:
+    """Indices in batches of similar length, each at most `tokens_per_batch` tokens when padded (one item at least)."""
+    batch: list[int] = []
+    for index in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
+        # sorted by falling length: the first of a batch is its longest
+        if batch and (len(batch) + 1) * lengths[batch[0]] > tokens_per_batch:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+def pad_right(sequences: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Stack sequences of ids: ids and mask, `[num_sequences, longest]`."""
+    ids = nn.utils.rnn.pad_sequence(sequences, batch_first=True)
+    lengths = torch.tensor([len(sequence) for sequence in sequences], device=ids.device)
+    return ids, (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]).long()
+
+
+def weights_digest(tensors: Iterable[tuple[str, Tensor]], extra: dict | None = None) -> str:
+    """SHA-256 over names, shapes and float32 values: the same in whatever wider dtype a checkpoint is loaded."""
+    digest = hashlib.sha256(json.dumps(extra or {}, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(tensors, key=lambda item: item[0]):
+        digest.update(f"{name} {list(tensor.shape)}".encode())
+        tensor = tensor.detach()
+        # quantized weights are digested as they are stored
+        values = tensor.float() if tensor.is_floating_point() else tensor
+        digest.update(values.cpu().contiguous().view(torch.uint8).numpy().reshape(-1))
+    return digest.hexdigest()

@@ -1,0 +1,219 @@
+"""Cross-attention of queries to packed contexts: eager, sdpa and triton, one signature, one lookup.
+
+Knows tensors only. Keys and values hold all contexts back to back; `ContextRows` says which tokens a row reads. Keys
+and values may be `QuantizedTensor`s: they are then dequantized block by block inside the attention, never as a whole.
+"""
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+# tokens dequantized at a time
+BLOCK_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class ContextRows:
+    """Which packed tokens each row reads, on the host and as the tensors a kernel takes.
+
+    Args:
+        offsets: first token of each context and the end of the last, `num_contexts + 1` values.
+        context_index: the context of each row.
+    """
+
+    offsets: tuple[int, ...]
+    context_index: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.context_index)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens that each row reads."""
+        return [self.offsets[context + 1] - self.offsets[context] for context in self.context_index]
+
+    @property
+    def groups(self) -> list[tuple[int, int, list[int]]]:
+        """(start, end, rows) of every context that is read and not empty: rows of one context are served together."""
+        rows_of: dict[int, list[int]] = {}
+        for row, context in enumerate(self.context_index):
+            rows_of.setdefault(context, []).append(row)
+        spans = [(self.offsets[context], self.offsets[context + 1], rows) for context, rows in rows_of.items()]
+        return [span for span in spans if span[0] < span[1]]
+
+    def tensors(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """`offsets` and `context_index` as int32 tensors on `device`."""
+        return (
+            torch.tensor(self.offsets, dtype=torch.int32, device=device),
+            torch.tensor(self.context_index, dtype=torch.int32, device=device),
+        )
+
+
+def _fold(query: Tensor, num_key_value_heads: int) -> Tensor:
+    """`[rows, query_len, num_heads, dim]` -> `[kv_heads, rows * query_len * group, dim]`: what reads one KV head."""
+    rows, length, heads, dim = query.shape
+    query = query.view(rows, length, num_key_value_heads, heads // num_key_value_heads, dim)
+    return query.permute(2, 0, 1, 3, 4).reshape(num_key_value_heads, -1, dim)
+
+
+def _unfold(output: Tensor, like: Tensor) -> Tensor:
+    """The inverse of `_fold`."""
+    rows, length, heads, dim = like.shape
+    output = output.view(output.shape[0], rows, length, heads // output.shape[0], dim)
+    return output.permute(1, 2, 0, 3, 4).reshape(rows, length, heads, dim)
+
+
+def _attend_eager(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    scores = (query @ key.transpose(-1, -2)).float() * scale
+    weights = scores.softmax(-1)
+    return weights.to(value.dtype) @ value, weights
+
+
+def _attend_sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    return functional.scaled_dot_product_attention(query[None], key[None], value[None], scale=scale)[0]
+
+
+def _attend_quantized(query: Tensor, key, value, scale: float) -> Tensor:
+    """Online softmax over blocks of tokens: only one block is ever dequantized."""
+    accumulated, normalizer, highest = 0.0, 0.0, query.new_full((*query.shape[:2], 1), -torch.inf, dtype=torch.float32)
+    for start in range(0, key.shape[0], BLOCK_TOKENS):
+        tokens = slice(start, start + BLOCK_TOKENS)
+        scores = (query @ key[tokens].dequantize(query.dtype).permute(1, 2, 0)).float() * scale
+        raised = torch.maximum(highest, scores.amax(-1, keepdim=True))
+        weights, decay = (scores - raised).exp(), (highest - raised).exp()
+        values = value[tokens].dequantize(query.dtype).transpose(0, 1)
+        accumulated = accumulated * decay + (weights.to(values.dtype) @ values).float()
+        normalizer, highest = normalizer * decay + weights.sum(-1, keepdim=True), raised
+    return (accumulated / normalizer).to(query.dtype)
+
+
+def _over_groups(attend: Callable, query: Tensor, key, value, rows: ContextRows, scale: float) -> Tensor:
+    """Run `attend` once a distinct context, on the queries of all rows that read it."""
+    output = None
+    for start, end, members in rows.groups:
+        whole = start == 0 and end == key.shape[0]
+        keys, values = (key, value) if whole else (key[start:end], value[start:end])
+        queries = query if len(members) == len(rows) else query[members]
+        folded = _fold(queries, key.shape[1])
+        if not isinstance(key, Tensor):
+            attended = _attend_quantized(folded, keys, values, scale)
+        else:
+            attended = attend(folded, keys.transpose(0, 1), values.transpose(0, 1), scale)
+        attended = _unfold(attended, queries)
+        if len(members) == len(rows):
+            return attended
+        output = torch.zeros_like(query) if output is None else output
+        output = output.index_copy(0, torch.tensor(members, device=query.device), attended)
+    return torch.zeros_like(query) if output is None else output
+
+
+def eager_cross_attention(query: Tensor, key, value, rows: ContextRows, scale: float) -> Tensor:
+    """The reference: softmax(query key^T * scale) value, in plain matrix products."""
+    return _over_groups(lambda *inputs: _attend_eager(*inputs)[0], query, key, value, rows, scale)
+
+
+def sdpa_cross_attention(query: Tensor, key, value, rows: ContextRows, scale: float) -> Tensor:
+    """`scaled_dot_product_attention`, one call a distinct context, no mask and no padding."""
+    return _over_groups(_attend_sdpa, query, key, value, rows, scale)
+
+
+def triton_cross_attention(query: Tensor, key, value, rows: ContextRows, scale: float) -> Tensor:
+    """The Triton kernels, looked up once (see `find_kernels`)."""
+    offsets, context_index = rows.tensors(query.device)
+    scales = {}
+    if not isinstance(key, Tensor):
+        scales = {"key_scale": key.scale, "key_zero": key.zero, "value_scale": value.scale, "value_zero": value.zero}
+        key, value = key.data, value.data
+    return find_kernels().cross_attention(query, key, value, offsets, context_index, scale=scale, **scales)
+
+
+CROSS_ATTENTION_FUNCTIONS: dict[str, Callable] = {
+    "eager": eager_cross_attention,
+    "sdpa": sdpa_cross_attention,
+    "triton": triton_cross_attention,
+}
+
+_kernels: list = []
+
+
+def find_kernels():
+    """The kernel package: `$LOCAL_KERNELS` override, Hub kernel named by `$XCLLAMA_KERNEL`, installed package.
+
+    Raises:
+        ImportError: none of them is there; the message has the commands that install one.
+    """
+    if not _kernels:
+        repo_id = os.environ.get("XCLLAMA_KERNEL", "xcllama/xcllama-kernels")
+        if "XCLLAMA_KERNEL" in os.environ or f"{repo_id}=" in os.environ.get("LOCAL_KERNELS", ""):
+            module, source = importlib.import_module("kernels").get_kernel(repo_id, version=1), repo_id
+        elif importlib.util.find_spec("xcllama_kernels") is None or importlib.util.find_spec("triton") is None:
+            raise ImportError(
+                "`cross_attn_implementation='triton'` needs the kernels: `pip install triton xcllama`, or name a Hub "
+                "kernel in the environment variable XCLLAMA_KERNEL; or use 'sdpa'."
+            )
+        else:
+            module, source = importlib.import_module("xcllama_kernels"), "the installed package xcllama_kernels"
+        logger.info(f"cross-attention kernels: {source}")
+        _kernels.append(module)
+    return _kernels[0]
+
+
+def kernels_installed() -> bool:
+    """Whether `find_kernels` finds kernels."""
+    try:
+        return find_kernels() is not None
+    except ImportError:
+        return False
+
+
+def resolve_implementation(name: str, device: torch.device) -> str:
+    """The backend that `name` means on `device`: "auto" takes triton on a GPU where it is installed, else sdpa.
+
+    Raises:
+        ValueError: `name` is no backend.
+        ImportError: "triton" was asked for and is not installed.
+    """
+    if name == "auto":
+        return "triton" if device.type == "cuda" and kernels_installed() else "sdpa"
+    if name not in CROSS_ATTENTION_FUNCTIONS:
+        allowed = ", ".join(map(repr, ("auto", *CROSS_ATTENTION_FUNCTIONS)))
+        raise ValueError(f"`cross_attn_implementation` must be one of {allowed}, got {name!r}.")
+    if name == "triton":
+        find_kernels()
+    return name
+
+
+def log_implementation(name: str, device: torch.device) -> None:
+    """Check the choice of a backend once, at load, and say what "auto" took."""
+    taken = resolve_implementation(name, device)
+    if name == "auto":
+        reason = "" if device.type != "cuda" or taken == "triton" else ": the kernels are not installed"
+        logger.info(f"cross_attn_implementation='auto' takes {taken!r} on {device}{reason}")
+
+
+def cross_attention_weights(query: Tensor, key, rows: ContextRows, scale: float) -> Tensor:
+    """Attention weights of every row over its own context, for inspection.
+
+    Returns:
+        float32 `[batch, num_heads, query_len, longest context]`, zeros past the end of a row's context.
+    """
+    longest = max(rows.lengths, default=0)
+    batch, length, heads, _ = query.shape
+    weights = query.new_zeros((batch, heads, length, longest), dtype=torch.float32)
+    for start, end, members in rows.groups:
+        keys = key[start:end]
+        keys = keys if isinstance(keys, Tensor) else keys.dequantize(query.dtype)
+        folded = _fold(query[members], keys.shape[1])
+        scores = ((folded @ keys.permute(1, 2, 0)).float() * scale).softmax(-1)
+        scores = scores.view(keys.shape[1], len(members), length, -1, end - start).permute(1, 0, 3, 2, 4)
+        weights[members, ..., : end - start] = scores.reshape(len(members), heads, length, end - start)
+    return weights

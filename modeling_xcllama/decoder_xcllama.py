@@ -1,0 +1,427 @@
+"""XCLlamaModel: the decoder layers with cross-attention blocks between them, and the way from token ids to caches."""
+
+from itertools import accumulate
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+from transformers.modeling_utils import PreTrainedModel
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaDecoderLayer,
+    LlamaModel,
+    LlamaPreTrainedModel,
+    LlamaRotaryEmbedding,
+)
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .configuration_xcllama import XCLlamaConfig
+from .context_cache import ContextCache, ProjectedContext
+from .context_encoding import batches_by_length, num_positions, pad_right, unpad, weights_digest, windows
+from .cross_attention import BLOCK_TOKENS, ContextRows, resolve_implementation
+from .cross_attention_block import ContextProjection, CrossAttentionBlock, rotate
+
+
+class XCLlamaPreTrainedModel(LlamaPreTrainedModel):
+    """Initialization and recording shared by the bare model and the language model."""
+
+    config: XCLlamaConfig
+    config_class = XCLlamaConfig
+    _no_split_modules = ["LlamaDecoderLayer", "CrossAttentionBlock", "ContextProjection"]
+    _can_record_outputs = {
+        "hidden_states": LlamaDecoderLayer,
+        "attentions": LlamaAttention,
+        "cross_attentions": OutputRecorder(CrossAttentionBlock, index=1),
+    }
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, CrossAttentionBlock):
+            for gate in (module.gate, module.mlp_gate):
+                if gate is not None:
+                    init.constant_(gate, self.config.cross_attention_gate_init)
+
+
+class XCLlamaModel(XCLlamaPreTrainedModel, LlamaModel):
+    """The decoder with its cross-attention blocks, and what encodes the contexts."""
+
+    def __init__(self, config: XCLlamaConfig):
+        super().__init__(config)
+        count = len(config.cross_attention_layers)
+        num_blocks = 1 if config.cross_attention_share_weights else count
+        num_projections = 1 if config.cross_attention_share_key_value else num_blocks
+        self.cross_attention_blocks = nn.ModuleList(CrossAttentionBlock(config) for _ in range(num_blocks))
+        self.context_projections = nn.ModuleList(ContextProjection(config) for _ in range(num_projections))
+        self.block_after = {layer: index for index, layer in enumerate(config.cross_attention_layers)}
+        self.cross_rotary_emb = None
+        if config.cross_attention_rope:
+            rotary_config = LlamaModel.config_class(
+                head_dim=config.cross_attention_head_dim,
+                max_position_embeddings=config.max_position_embeddings,
+                rope_parameters=dict(config.rope_parameters),
+            )
+            self.cross_rotary_emb = LlamaRotaryEmbedding(rotary_config)
+        self.encoder = (
+            None if config.encoder_config is None else bare_encoder(AutoModel.from_config(config.encoder_config))
+        )
+        self._encoding_versions: list[int] | None = None
+        self.post_init()
+
+    def _run_layers(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor,
+        past_key_values: Cache | None,
+        num_layers: int,
+        context: ProjectedContext | None = None,
+        **kwargs,
+    ) -> Tensor:
+        sliding = self.config.sliding_window
+        make_mask = create_causal_mask if sliding is None else create_sliding_window_causal_mask
+        causal_mask = make_mask(
+            config=self.config,
+            inputs_embeds=hidden_states,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        if sliding is not None:
+            kwargs["sliding_window"] = sliding
+        position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
+        if context is not None:
+            implementation = resolve_implementation(self.config.cross_attn_implementation, hidden_states.device)
+            rotary = self.cross_rotary_emb
+            cross_positions = None if rotary is None else rotary(hidden_states, position_ids=position_ids)
+        for index, layer in enumerate(self.layers[:num_layers]):
+            hidden_states = layer(
+                hidden_states,
+                attention_mask=causal_mask,
+                position_embeddings=position_embeddings,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+            if context is not None and index in self.block_after:
+                block = self.block_after[index]
+                # keys and values go by position: reentrant checkpointing tracks only positional tensors
+                hidden_states, _ = self.cross_attention_blocks[block % len(self.cross_attention_blocks)](
+                    hidden_states,
+                    context.keys[block % len(context.keys)],
+                    context.values[block % len(context.values)],
+                    context.rows,
+                    implementation,
+                    cross_positions,
+                    bool(kwargs.get("output_attentions", self.config.output_attentions)),
+                )
+        return hidden_states
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def _decode(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        context: ProjectedContext | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPastAndCrossAttentions:
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
+        hidden_states = self._run_layers(
+            inputs_embeds,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            self.config.num_hidden_layers,
+            context,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        return BaseModelOutputWithPastAndCrossAttentions(
+            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values
+        )
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        context_cache: ContextCache | ProjectedContext | None = None,
+        context_input_ids: torch.LongTensor | None = None,
+        context_attention_mask: Tensor | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPastAndCrossAttentions:
+        """Decode `input_ids` `[batch, length]`; row i reads context i of `context_cache` or `context_input_ids`.
+
+        Raises:
+            ValueError: both or none of ids and embeddings; a context that does not fit the batch or the model.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("You must specify exactly one of `input_ids` and `inputs_embeds`.")
+        batch = (input_ids if inputs_embeds is None else inputs_embeds).shape[0]
+        return self._decode(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            context=self.resolve_context(context_cache, context_input_ids, context_attention_mask, batch),
+            **kwargs,
+        )
+
+    def resolve_context(
+        self,
+        context_cache: ContextCache | ProjectedContext | None,
+        context_input_ids: Tensor | None,
+        context_attention_mask: Tensor | None,
+        batch: int | None,
+    ) -> ProjectedContext | None:
+        """Whatever names the contexts as keys and values for `batch` rows (None: any number), checked.
+
+        Raises:
+            ValueError: two sources of contexts, another number of rows, or a cache that this model cannot read.
+        """
+        if context_input_ids is not None:
+            if context_cache is not None:
+                raise ValueError("give either `context_cache` or `context_input_ids`, not both.")
+            context_cache = self._encode(context_input_ids, context_attention_mask)
+        if context_cache is None:
+            return None
+        if batch is not None and len(context_cache) != batch:
+            raise ValueError(
+                f"the context has {len(context_cache)} rows and the batch {batch}: row i reads context i; "
+                "use `cache.select([...])` to name a context for each row, or `cache.join([...])`."
+            )
+        return self.project_context(context_cache) if hasattr(context_cache, "states") else context_cache
+
+    def _encode_batch(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """States `[num_contexts, length, width]` of right-padded ids."""
+        layer = self.config.context_layer
+        if self.encoder is not None:
+            outputs = self.encoder(input_ids=ids, attention_mask=mask, output_hidden_states=layer is not None)
+            return outputs.last_hidden_state if layer is None else outputs.hidden_states[layer]
+        positions = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0)
+        # causal and padded on the right: no token that counts ever sees the padding, so no mask is needed
+        num_layers = self.config.num_hidden_layers if layer is None else layer
+        with torch.no_grad():
+            states = self._run_layers(self.embed_tokens(ids), None, positions, None, num_layers, use_cache=False)
+            return self.norm(states) if layer in (None, self.config.num_hidden_layers) else states
+
+    def _encode(self, context_input_ids: Tensor, context_attention_mask: Tensor | None) -> ContextCache:
+        sequences = unpad(context_input_ids.to(self.embed_tokens.weight.device), context_attention_mask)
+        lengths = [len(sequence) for sequence in sequences]
+        if max(lengths) > self.config.context_max_length:
+            raise ValueError(
+                f"a context has {max(lengths)} tokens, `context_max_length` is {self.config.context_max_length}; "
+                "pass `truncation=True` to the processor, split the text, or raise the limit in the config."
+            )
+        config = self.config if self.encoder is None else self.config.encoder_config
+        pieces = [(n, span) for n, length in enumerate(lengths) for span in windows(length, num_positions(config))]
+        encoded: dict[tuple, Tensor] = {}
+        for batch in batches_by_length([end - start for _, (start, end) in pieces]):
+            ids, mask = pad_right([sequences[pieces[i][0]][slice(*pieces[i][1])] for i in batch])
+            for index, states in zip(batch, self._encode_batch(ids, mask), strict=True):
+                start, end = pieces[index][1]
+                encoded[pieces[index]] = states[: end - start]
+        empty = self.embed_tokens.weight.new_zeros((0, self.config.context_width))
+        packed = torch.cat([empty, *(encoded[piece] for piece in pieces)])
+        if packed.numel() and not packed.detach().abs().amax().isfinite():
+            raise ValueError(
+                f"the context states have NaN or infinite values in {packed.dtype}; load the model in float32."
+            )
+        if self.config.cross_attention_share_key_value:
+            key, value = self.context_projections[0](packed)
+            states = {"key": key, "value": value}
+        else:
+            states = {"hidden": packed}
+        token_ids = torch.cat([sequence[:0] for sequence in sequences[:1]] + sequences).int().cpu()
+        return ContextCache(states, tuple(accumulate(lengths, initial=0)), token_ids, self.context_fingerprint())
+
+    @torch.no_grad()
+    def encode_context(self, context_input_ids: Tensor, context_attention_mask: Tensor | None = None) -> ContextCache:
+        """Encode contexts once, for any number of requests.
+
+        Args:
+            context_input_ids: `[num_contexts, length]`, padded on either side.
+            context_attention_mask: the same shape, 0 at padding; None: no padding.
+
+        Returns:
+            A `ContextCache` with one row a context, in the dtype of the model.
+
+        Raises:
+            ValueError: no context, a context longer than `context_max_length`, or states that are not finite.
+        """
+        training = self.training
+        self.eval()
+        try:
+            return self._encode(context_input_ids, context_attention_mask)
+        finally:
+            self.train(training)
+
+    def project_context(self, cache: ContextCache) -> ProjectedContext:
+        """Keys and values of every projection for the rows of `cache`; each document is projected once.
+
+        Raises:
+            ValueError: a cache of another model, template, layout or width.
+        """
+        self.check_cache(cache)
+        dtype = self.context_projections[0].k_proj.weight.dtype
+        if not dtype.is_floating_point:
+            dtype = self.dtype
+        cache = cache.to(self.context_projections[0].k_proj.weight.device)
+        distinct = list(dict.fromkeys(cache.rows))
+        flat = [document for row in distinct for document in row]
+        unique = list(dict.fromkeys(flat))
+        tokens = document_tokens(cache.offsets, unique)
+        states = {name: state[tokens] for name, state in cache.states.items()}
+        lengths = [cache.offsets[document + 1] - cache.offsets[document] for document in unique]
+        starts = dict(zip(unique, accumulate(lengths, initial=0), strict=False))
+        sizes = dict(zip(unique, lengths, strict=True))
+        offsets = tuple(accumulate((sum(sizes[document] for document in row) for row in distinct), initial=0))
+        repeat = None
+        if flat != unique:
+            repeat = torch.cat([torch.arange(starts[d], starts[d] + sizes[d]) for d in flat]).to(cache.device)
+        if self.training and self.config.cross_attention_dropout:
+            repeat, offsets = self._drop_tokens(repeat, offsets, cache.device)
+        projected = (
+            [(states["key"], states["value"])] if cache.layout == "condensed" else self._project_hidden(states, dtype)
+        )
+        keys, values = [], []
+        for key, value in projected:
+            if isinstance(key, Tensor):
+                key, value = key.to(dtype), value.to(dtype)
+            if repeat is not None:
+                key, value = key[repeat], value[repeat]
+            keys.append(self._rotate_keys(key, offsets, dtype))
+            values.append(value)
+        index = {row: position for position, row in enumerate(distinct)}
+        rows = ContextRows(offsets, tuple(index[row] for row in cache.rows))
+        return ProjectedContext(tuple(keys), tuple(values), rows, cache)
+
+    def _project_hidden(self, states: dict, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+        hidden = states["hidden"]
+        if isinstance(hidden, Tensor):
+            return [projection(hidden.to(dtype)) for projection in self.context_projections]
+        # quantized: a block of tokens at a time is dequantized and projected
+        blocks = range(0, max(1, hidden.shape[0]), BLOCK_TOKENS)
+        parts = []
+        for start in blocks:
+            block = hidden[start : start + BLOCK_TOKENS].dequantize(dtype).flatten(1)
+            parts.append([projection(block) for projection in self.context_projections])
+        return [tuple(torch.cat(pieces) for pieces in zip(*pairs, strict=True)) for pairs in zip(*parts, strict=True)]
+
+    def _rotate_keys(self, key, offsets: tuple[int, ...], dtype: torch.dtype):
+        if self.cross_rotary_emb is None:
+            return key
+        key = key if isinstance(key, Tensor) else key.dequantize(dtype)
+        spans = zip(offsets[:-1], offsets[1:], strict=True)
+        positions = torch.cat([torch.arange(end - start) for start, end in spans]).to(key.device)
+        cos, sin = self.cross_rotary_emb(key, position_ids=positions.unsqueeze(0))
+        return rotate(key, (cos[0], sin[0]))
+
+    def _drop_tokens(self, repeat: Tensor | None, offsets: tuple[int, ...], device) -> tuple[Tensor, tuple[int, ...]]:
+        """Leave out whole context tokens at random (training); a context keeps its first token at least."""
+        keep = torch.rand(offsets[-1], device=device) >= self.config.cross_attention_dropout
+        starts = [start for start, end in zip(offsets[:-1], offsets[1:], strict=True) if start < end]
+        keep[starts] = True
+        kept = keep.cumsum(0).tolist()
+        new_offsets = tuple(0 if offset == 0 else kept[offset - 1] for offset in offsets)
+        index = keep.nonzero().squeeze(1)
+        return (index if repeat is None else repeat[index]), new_offsets
+
+    def check_cache(self, cache: ContextCache) -> None:
+        """Raise a ValueError that says why, if this model cannot read `cache`."""
+        config = self.config
+        if cache.layout != config.context_layout:
+            raise ValueError(
+                f"this cache has layout {cache.layout!r}, the model reads {config.context_layout!r}; encode again."
+            )
+        width = config.cross_attention_head_dim if cache.layout == "condensed" else config.context_width
+        heads = config.cross_attention_num_key_value_heads
+        for state in cache.states.values():
+            shape = tuple(state.shape[1:])
+            expected = (heads, width) if cache.layout == "condensed" else (width,)
+            if shape != expected and not (
+                cache.is_quantized and cache.layout == "hidden" and shape[0] * shape[1] == width
+            ):
+                raise ValueError(f"the states of this cache have shape {shape} a token, the model reads {expected}.")
+        if cache.fingerprint != self.context_fingerprint():
+            raise ValueError(
+                "this cache was made by another model, template or version of the weights: its fingerprint is "
+                f"{cache.fingerprint}, the model's {self.context_fingerprint()}; encode the contexts again."
+            )
+
+    def _encoding_tensors(self) -> dict[str, Tensor]:
+        """The weights that shape a context state, by name."""
+        if self.encoder is not None:
+            modules = {"encoder": self.encoder}
+        else:
+            layer = self.config.context_layer
+            modules = {"embed_tokens": self.embed_tokens, "layers": self.layers[:layer]}
+            if layer in (None, self.config.num_hidden_layers):
+                modules["norm"] = self.norm
+        if self.config.cross_attention_share_key_value:
+            modules["context_projections"] = self.context_projections
+        return {f"{prefix}.{name}": t for prefix, module in modules.items() for name, t in module.named_parameters()}
+
+    def context_fingerprint(self) -> str:
+        """Digest of the weights, config fields and template that shape the cached states.
+
+        Kept in the config; computed anew only when it is missing or when training changed one of the weights.
+        """
+        tensors = self._encoding_tensors()
+        versions = [tensor._version for tensor in tensors.values()]
+        if self.config.context_fingerprint is None or versions != self._encoding_versions:
+            if any(tensor.is_meta for tensor in tensors.values()):
+                raise ValueError("the weights that encode are offloaded: save the model once without `device_map`.")
+            fields = (
+                "context_layer",
+                "context_layout",
+                "template_version",
+                "rms_norm_eps",
+                "rope_parameters",
+                "cross_attention_norm",
+            )
+            shape = {field: getattr(self.config, field) for field in fields}
+            self.config.context_fingerprint = weights_digest(tensors.items(), shape)
+            self._encoding_versions = versions
+        return self.config.context_fingerprint
+
+    def trust_fingerprint(self) -> None:
+        """Take the fingerprint in the config as that of the weights as they are now (right after loading)."""
+        self._encoding_versions = [tensor._version for tensor in self._encoding_tensors().values()]
+
+
+def document_tokens(offsets: tuple[int, ...], documents: list[int]) -> slice | Tensor:
+    """Where the tokens of `documents` lie: a slice if they follow each other, else indices."""
+    if not documents:
+        return slice(0, 0)
+    if documents == list(range(documents[0], documents[0] + len(documents))):
+        return slice(offsets[documents[0]], offsets[documents[-1] + 1])
+    return torch.cat([torch.arange(offsets[document], offsets[document + 1]) for document in documents])
+
+
+def bare_encoder(model: PreTrainedModel) -> PreTrainedModel:
+    """The part of an encoder that makes states: no decoder, no pooler."""
+    model = model.get_encoder() if model.config.is_encoder_decoder else model
+    if getattr(model, "pooler", None) is not None:
+        model.pooler = None
+    return model

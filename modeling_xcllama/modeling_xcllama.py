@@ -1,0 +1,328 @@
+"""XC-Llama: a frozen Llama decoder that reads cached contexts through added cross-attention (arXiv 2404.15420)."""
+
+import json
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForCausalLM
+from transformers.cache_utils import Cache
+from transformers.generation.utils import GenerateOutput
+from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
+from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
+from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaRotaryEmbedding
+from transformers.utils import can_return_tuple, logging
+
+from .configuration_xcllama import XCLlamaConfig
+from .context_cache import ContextCache, ProjectedContext
+from .context_encoding import weights_digest
+from .cross_attention import log_implementation
+from .decoder_xcllama import XCLlamaModel, XCLlamaPreTrainedModel, bare_encoder
+from .warm_start import copy_self_attention, zero_gates
+
+logger = logging.get_logger(__name__)
+
+DECODER_TYPES = ("llama", "mistral")
+INITIALIZATIONS = ("self_attention", "zero", "random")
+ADDED_PREFIXES = ("model.cross_attention_blocks.", "model.context_projections.")
+WEIGHTS_NAME = "cross_attention.safetensors"
+
+
+class XCLlamaForCausalLM(XCLlamaPreTrainedModel, LlamaForCausalLM):
+    """Llama for causal language modeling that reads a context cache."""
+
+    def __init__(self, config: XCLlamaConfig):
+        # not LlamaForCausalLM.__init__, which would build a second decoder only to throw it away
+        XCLlamaPreTrainedModel.__init__(self, config)
+        self.model = XCLlamaModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        context_cache: ContextCache | ProjectedContext | None = None,
+        context_input_ids: torch.LongTensor | None = None,
+        context_attention_mask: Tensor | None = None,
+        **kwargs,
+    ) -> CausalLMOutputWithCrossAttentions:
+        """Logits of `input_ids` `[batch, length]`, and the loss where `labels` (-100: not counted) are given.
+
+        Args:
+            context_cache: what row i reads is row i of it; a `ContextCache`, or keys and values of `project_context`.
+            context_input_ids: contexts to encode for this call, `[batch, context_length]`, instead of a cache.
+            context_attention_mask: 0 at padding of `context_input_ids`.
+            logits_to_keep: as in `LlamaForCausalLM`.
+
+        Raises:
+            ValueError: a context that does not fit the batch or the model.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            context_cache=context_cache,
+            context_input_ids=context_input_ids,
+            context_attention_mask=context_attention_mask,
+            **kwargs,
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithCrossAttentions(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            cross_attentions=outputs.cross_attentions,
+        )
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        *args,
+        context_cache: ContextCache | ProjectedContext | None = None,
+        context_input_ids: torch.LongTensor | None = None,
+        context_attention_mask: Tensor | None = None,
+        **kwargs,
+    ) -> GenerateOutput | torch.LongTensor:
+        """`GenerationMixin.generate` from cached contexts: they are encoded and projected once, before the first step.
+
+        Args:
+            context_cache, context_input_ids, context_attention_mask: as in `forward`.
+        """
+        given = next((kwargs[name] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None), inputs)
+        batch = None if given is None else given.shape[0]
+        context = self.model.resolve_context(context_cache, context_input_ids, context_attention_mask, batch)
+        if context is not None:
+            kwargs["context_cache"] = context
+        return super().generate(inputs, *args, **kwargs)
+
+    @staticmethod
+    def _expand_inputs_for_generation(
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: torch.LongTensor | None = None,
+        **model_kwargs,
+    ) -> tuple[torch.LongTensor, dict]:
+        # beams and returned sequences share their context: only the row numbers are repeated
+        context = model_kwargs.get("context_cache")
+        if context is not None and expand_size > 1:
+            rows = [row for row in range(len(context)) for _ in range(expand_size)]
+            model_kwargs["context_cache"] = context.select(rows)
+        return LlamaForCausalLM._expand_inputs_for_generation(
+            LlamaForCausalLM, expand_size, is_encoder_decoder, input_ids, **model_kwargs
+        )
+
+    def encode_context(self, context_input_ids: Tensor, context_attention_mask: Tensor | None = None) -> ContextCache:
+        """See `XCLlamaModel.encode_context`."""
+        return self.model.encode_context(context_input_ids, context_attention_mask)
+
+    def project_context(self, cache: ContextCache) -> ProjectedContext:
+        """See `XCLlamaModel.project_context`."""
+        return self.model.project_context(cache)
+
+    def load_context(self, path: str | Path) -> ContextCache:
+        """Map a cache from a file and check that this model can read it.
+
+        Raises:
+            ValueError: a damaged file, or a cache of another model, template, layout or width.
+        """
+        cache = ContextCache.load(path)
+        self.model.check_cache(cache)
+        return cache
+
+    def added_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Names and weights of the cross-attention modules."""
+        return ((name, weight) for name, weight in self.named_parameters() if name.startswith(ADDED_PREFIXES))
+
+    def freeze_base(self) -> None:
+        """Leave gradients to the cross-attention modules and, where there is one, the separate encoder."""
+        for name, weight in self.named_parameters():
+            trained = name.startswith((*ADDED_PREFIXES, "model.encoder."))
+            weight.requires_grad_(trained and weight.is_floating_point())
+
+    def base_digest(self) -> str:
+        """Digest of the frozen decoder's weights."""
+        added = (*ADDED_PREFIXES, "model.encoder.")
+        return weights_digest((name, weight) for name, weight in self.named_parameters() if not name.startswith(added))
+
+    @classmethod
+    def from_decoder(
+        cls,
+        base: str | Path | PreTrainedModel,
+        encoder: str | Path | PreTrainedModel | None = None,
+        *,
+        init: str = "self_attention",
+        dtype: torch.dtype | str = "auto",
+        **config_overrides,
+    ) -> "XCLlamaForCausalLM":
+        """An XC model around a Llama-family checkpoint; the base's weights are shared, not copied, and frozen.
+
+        Args:
+            base: model, folder or Hub id of a causal language model of type llama or mistral.
+            encoder: model, folder or Hub id of a Hugging Face encoder (XC-LlamaEnc); None: the decoder encodes.
+            init: "self_attention" copies the decoder's projections, "zero" closes the gates, "random".
+            dtype: for a base or encoder that is loaded here.
+            config_overrides: fields of `XCLlamaConfig`.
+
+        Raises:
+            ValueError: unknown `init`, a base of another family, or config fields that do not fit.
+        """
+        if init not in INITIALIZATIONS:
+            raise ValueError(f"`init` must be one of {', '.join(map(repr, INITIALIZATIONS))}, got {init!r}.")
+        if not isinstance(base, PreTrainedModel):
+            base = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+        if base.config.model_type not in DECODER_TYPES:
+            raise ValueError(
+                f"`base` must be a causal language model of type {' or '.join(DECODER_TYPES)}, "
+                f"got {base.config.model_type!r}."
+            )
+        if encoder is not None and not isinstance(encoder, PreTrainedModel):
+            encoder = AutoModel.from_pretrained(encoder, dtype=base.dtype)
+        config = _config_of(base, encoder, config_overrides)
+        with torch.device("meta"):
+            model = cls(config)
+        model.to(base.dtype)
+        device = base.get_input_embeddings().weight.device
+        if encoder is not None:
+            model.model.encoder = bare_encoder(encoder)
+        _share_weights(base, model)
+        # buffers made on the meta device hold nothing
+        for name in ("rotary_emb", "cross_rotary_emb"):
+            if (rotary := getattr(model.model, name)) is not None:
+                setattr(model.model, name, LlamaRotaryEmbedding(rotary.config).to(device))
+        for modules in (model.model.cross_attention_blocks, model.model.context_projections):
+            modules.to_empty(device=device)
+            modules.apply(model._init_weights)
+        if init == "self_attention":
+            copy_self_attention(model.model)
+        elif init == "zero":
+            zero_gates(model.model)
+        model.generation_config = base.generation_config
+        model.freeze_base()
+        model.model.context_fingerprint()
+        log_implementation(config.cross_attn_implementation, device)
+        return model.train(base.training)
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """`PreTrainedModel.from_pretrained`; the decoder comes frozen, as from `from_decoder`."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.freeze_base()
+        model.model.trust_fingerprint()
+        log_implementation(model.config.cross_attn_implementation, model.device)
+        return loaded
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
+        """`PreTrainedModel.save_pretrained` with the code that remote loading needs."""
+        self.model.context_fingerprint()
+        self.config.auto_map = {"AutoModel": "modeling_xcllama.XCLlamaModel"}
+        super().save_pretrained(save_directory, **kwargs)
+
+    def save_cross_attention(self, path: str | os.PathLike) -> None:
+        """Write the trained weights only (cross-attention, and an encoder's that require gradients) and the config.
+
+        Args:
+            path: a folder, made if needed; gets config.json and cross_attention.safetensors.
+        """
+        folder = Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.model.context_fingerprint()
+        self.config.base_model_digest = self.base_digest()
+        tensors = {name: weight.detach().contiguous().cpu() for name, weight in self.added_parameters()}
+        for name, weight in self.named_parameters():
+            if name.startswith("model.encoder.") and weight.requires_grad:
+                tensors[name] = weight.detach().contiguous().cpu()
+        partial = folder / f".{WEIGHTS_NAME}.{secrets.token_hex(4)}.partial"
+        try:
+            save_file(tensors, partial, metadata={"format": "pt"})
+            os.replace(partial, folder / WEIGHTS_NAME)
+        finally:
+            partial.unlink(missing_ok=True)
+        self.config.save_pretrained(folder)
+        # the added weights are no complete model: no remote code beside them
+        (folder / "configuration_xcllama.py").unlink(missing_ok=True)
+
+    def load_cross_attention(self, path: str | os.PathLike) -> None:
+        """Load what `save_cross_attention` wrote into this model.
+
+        Raises:
+            ValueError: other cross-attention fields, or other names or shapes of weights.
+        """
+        folder = Path(path)
+        saved = json.loads((folder / "config.json").read_text())
+        ours = json.loads(self.config.to_json_string(use_diff=False))
+        for field in ours:
+            if field.startswith("cross_attention_") or field in ("context_layer", "template_version"):
+                if saved.get(field) != ours[field]:
+                    raise ValueError(f"{folder} has `{field}`={saved.get(field)!r}, this model {ours[field]!r}.")
+        with safe_open(folder / WEIGHTS_NAME, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        own = dict(self.named_parameters())
+        wrong = {name for name, _ in self.added_parameters()} - set(tensors)
+        wrong |= {name for name, tensor in tensors.items() if name not in own or own[name].shape != tensor.shape}
+        if wrong:
+            raise ValueError(f"{folder / WEIGHTS_NAME} does not fit this model: {', '.join(sorted(wrong))}.")
+        if saved.get("base_model_digest") not in (None, self.base_digest()):
+            logger.warning(
+                f"{folder} was trained on a decoder with other weights than this one (digest "
+                f"{saved['base_model_digest'][:12]}): its answers may be worse."
+            )
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                own[name].copy_(tensor)
+
+
+def _config_of(base: PreTrainedModel, encoder: PreTrainedModel | None, overrides: dict) -> XCLlamaConfig:
+    """The config of an XC model on `base`, with `overrides`."""
+    inherited = base.config.to_dict()
+    fields = XCLlamaConfig.__dataclass_fields__
+    values = {key: inherited[key] for key in inherited if key in fields and key not in ("architectures", "model_type")}
+    values["dtype"] = base.dtype
+    values.setdefault("base_model_name_or_path", base.config._name_or_path or None)
+    if encoder is not None:
+        values |= {"encoder_config": encoder.config, "encoder_name_or_path": encoder.config._name_or_path or None}
+    if unknown := sorted(set(overrides) - set(fields)):
+        raise ValueError(f"`XCLlamaConfig` has no field {', '.join(unknown)}; see its docstring.")
+    config = XCLlamaConfig(**(values | overrides))
+    config._attn_implementation = base.config._attn_implementation
+    return config
+
+
+def _share_weights(base: PreTrainedModel, model: XCLlamaForCausalLM) -> None:
+    """Put the base's own parameters into `model`, and its modules where they are quantized."""
+    for name, module in base.named_modules():
+        ours = model.get_submodule(name)
+        if isinstance(ours, nn.Linear) and type(module) is not nn.Linear:
+            model.set_submodule(name, module)
+    for name, weight in base.named_parameters(remove_duplicate=False):
+        owner, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(owner), attribute, weight)
+
+
+XCLlamaModel.register_for_auto_class("AutoModel")
+XCLlamaForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+
+__all__ = ["XCLlamaForCausalLM", "XCLlamaModel"]
