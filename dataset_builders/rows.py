@@ -43,11 +43,11 @@ def text_records(path: str | None) -> Iterator[Record]:
 
 
 def convert_text(record: dict[str, Any]) -> Iterator[Row]:
-    """A row without a question; the file is the document."""
+    """A row without a question; the file, by its name, is the document."""
     values = {
         "sample_idx": f"{record['file']}:{record['number']}",
         "dataset": "text",
-        "titles_list": [record["file"]],
+        "titles_list": [record["file"].rsplit("/", 1)[-1]],
         "contexts_list": [record["text"]],
     }
     empty = {"useful_contexts": [], "question": "", "history": [], "answer": "", "answers": [], "answerable": False}
