@@ -1,9 +1,9 @@
 """Decode, split over the context: few query rows a request, long contexts.
 
 A tile holds the query heads of one KV head for the query positions of up to `BLOCK_M // (query_len * group)` batch
-rows that share a context, so one read of the context serves them all. Each program finds its tile mates itself: program
-b is the leader when its row is the 1st, (ROWS + 1)th, (2 ROWS + 1)th, ... of its context, else it returns. No list is
-built on the host and nothing synchronizes. `combine_kernel` joins the splits in a fixed order.
+rows that share a context, so one read of the context serves them all. Each program finds its tile mates itself:
+program b is the leader when its row is the 1st, (ROWS + 1)th, (2 ROWS + 1)th, ... of its context, else it returns. No
+list is built on the host and nothing synchronizes. `combine_kernel` joins the splits in a fixed order.
 """
 
 import math

@@ -54,9 +54,13 @@ class Launch:
             return
         name = getattr(self.kernel, "__name__", None) or self.kernel.fn.__name__
         launch_counts[name] += 1
-        self.kernel[self.grid](
-            **self.arguments, **self.constants, num_warps=self.config.num_warps, num_stages=self.config.num_stages
-        )
+        self.kernel[self.grid](**self.arguments, **self.constants, **self.options())
+
+    def options(self) -> dict[str, int | bool]:
+        """Options of the compiler; fusion is stated because its default differs between Triton versions."""
+        return {
+            "num_warps": self.config.num_warps, "num_stages": self.config.num_stages, "enable_fp_fusion": True,
+        }  # fmt: skip
 
 
 @cache

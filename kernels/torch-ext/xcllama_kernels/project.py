@@ -26,8 +26,8 @@ def load_chunk(
     states, scale, zero, rows, valid, stride, chunk,
     HEADS: tl.constexpr, DIM: tl.constexpr, GROUP: tl.constexpr, FORMAT: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Columns of the stored rows from `chunk * BLOCK_K` on, dequantized to fp32, and the channel each tile begins at:
-    for int4 the low and the high nibbles, one tile twice otherwise."""
+    """Columns of the stored rows from `chunk * BLOCK_K` on, dequantized to fp32, and the channel they begin at: for
+    int4 the low and (DIM // 2 channels later) the high nibbles, one tile twice otherwise."""
     STORED: tl.constexpr = DIM // 2 if FORMAT == 4 else DIM
     GROUPS: tl.constexpr = DIM // GROUP
     column = chunk * BLOCK_K
@@ -45,15 +45,17 @@ def load_chunk(
     factors = (rows.to(tl.int64) * HEADS + head) * GROUPS
     low_group = first // GROUP
     if FORMAT == 8:
-        result = raw.to(tl.float32) * load_factor(scale, factors + low_group, valid)
-        return result, result, column, column, inside
-    high_group = (first + STORED) // GROUP
-    low = (raw & 15).to(tl.float32) * load_factor(scale, factors + low_group, valid)
-    low = tl.where(inside[None, :], low + load_factor(zero, factors + low_group, valid), 0.0)
-    high = (raw >> 4).to(tl.float32) * load_factor(scale, factors + high_group, valid)
-    high = tl.where(inside[None, :], high + load_factor(zero, factors + high_group, valid), 0.0)
-    channel = head * DIM + first
-    return low, high, channel, channel + STORED, inside
+        channel = column
+        low = raw.to(tl.float32) * load_factor(scale, factors + low_group, valid)
+        high = low
+    else:
+        channel = head * DIM + first
+        high_group = (first + STORED) // GROUP
+        low = (raw & 15).to(tl.float32) * load_factor(scale, factors + low_group, valid)
+        low = tl.where(inside[None, :], low + load_factor(zero, factors + low_group, valid), 0.0)
+        high = (raw >> 4).to(tl.float32) * load_factor(scale, factors + high_group, valid)
+        high = tl.where(inside[None, :], high + load_factor(zero, factors + high_group, valid), 0.0)
+    return low, high, channel, inside
 
 
 @triton.jit
@@ -66,7 +68,7 @@ def inverse_rms_kernel(
     valid = rows < num_tokens
     total = tl.zeros([BLOCK_M], tl.float32)
     for chunk in range(0, CHUNKS):
-        low, high, _, _, _ = load_chunk(
+        low, high, _, _ = load_chunk(
             states, scale, zero, rows, valid, stride, chunk, HEADS, DIM, GROUP, FORMAT, BLOCK_K
         )
         total += tl.sum(low * low, 1)
@@ -106,16 +108,16 @@ def project_kernel(
         row_factor = tl.load(inverse_rms + rows, mask=valid, other=0.0)
     result = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for chunk in tl.range(0, CHUNKS, num_stages=STAGES):
-        low, high, low_channel, high_channel, inside = load_chunk(
+        low, high, channel, inside = load_chunk(
             states, scale, zero, rows, valid, stride, chunk, HEADS, DIM, GROUP, FORMAT, BLOCK_K
         )
         result = project_half(
-            low, low_channel, inside, weight, norm_weight, row_factor, columns, in_columns, stride_weight, result,
+            low, channel, inside, weight, norm_weight, row_factor, columns, in_columns, stride_weight, result,
             BLOCK_K,
         )  # fmt: skip
         if FORMAT == 4:
             result = project_half(
-                high, high_channel, inside, weight, norm_weight, row_factor, columns, in_columns, stride_weight,
+                high, channel + DIM // 2, inside, weight, norm_weight, row_factor, columns, in_columns, stride_weight,
                 result, BLOCK_K,
             )  # fmt: skip
     if bias is not None:
@@ -136,7 +138,7 @@ def plan_projection(
     target: Target | None = None,
     config: Config | None = None,
 ) -> list[Launch]:
-    """The launches that fill `output` `[num_tokens, out]`; `states` `[num_tokens, heads, stored dim]` has dense rows."""
+    """The launches that fill `output` `[num_tokens, out]`; the rows of `states` are dense."""
     num_tokens, heads, stored = states.shape
     bits = data_format(scale, zero)
     dim = 2 * stored if bits == 4 else stored

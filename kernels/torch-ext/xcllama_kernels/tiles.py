@@ -43,8 +43,10 @@ def load_rows(base, rows, valid, size: tl.constexpr, BLOCK: tl.constexpr):
     channels = tl.arange(0, BLOCK)
     pointers = base + rows.to(tl.int64)[:, None] + channels[None, :]
     if size == BLOCK:
-        return tl.load(pointers, mask=valid[:, None], other=0.0)
-    return tl.load(pointers, mask=valid[:, None] & (channels < size)[None, :], other=0.0)
+        tile = tl.load(pointers, mask=valid[:, None], other=0)
+    else:
+        tile = tl.load(pointers, mask=valid[:, None] & (channels < size)[None, :], other=0)
+    return tile
 
 
 @triton.jit
@@ -67,11 +69,12 @@ def load_group(base, heads, valid, first: tl.constexpr, DIM: tl.constexpr, SIZE:
     GROUP: tl.constexpr = 64 if DIM > 64 else DIM
     GROUPS: tl.constexpr = DIM // GROUP
     if first // GROUP == (first + SIZE - 1) // GROUP:
-        return tl.load(base + heads * GROUPS + first // GROUP, mask=valid, other=0.0).to(tl.float32)[:, None]
-    channels = tl.arange(0, BLOCK)
-    pointers = base + (heads * GROUPS)[:, None] + ((first + channels) // GROUP)[None, :]
-    inside = valid[:, None] & (channels < SIZE)[None, :]
-    return tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
+        factors = tl.load(base + heads * GROUPS + first // GROUP, mask=valid, other=0.0)[:, None]
+    else:
+        channels = tl.arange(0, BLOCK)
+        pointers = base + (heads * GROUPS)[:, None] + ((first + channels) // GROUP)[None, :]
+        factors = tl.load(pointers, mask=valid[:, None] & (channels < SIZE)[None, :], other=0.0)
+    return factors.to(tl.float32)
 
 
 @triton.jit
@@ -81,26 +84,23 @@ def load_states(
 ):  # fmt: skip
     """Keys or values of `tokens`, dequantized in registers to `dtype`: the lower and the upper half of the channels
     for int4, one tile twice otherwise. `base` points at the head."""
-    if FORMAT == 0:
-        states = load_rows(base, tokens.to(tl.int64) * stride, valid, HEAD_DIM, BLOCK_D)
-        return states, states
     heads = tokens.to(tl.int64) * num_heads + head
-    if FORMAT == 8:
-        states = load_rows(base, tokens.to(tl.int64) * stride, valid, HEAD_DIM, BLOCK_D).to(tl.float32)
-        states = narrow(states * tl.load(scale + heads, mask=valid, other=0.0).to(tl.float32)[:, None], dtype)
-        return states, states
-    HALF: tl.constexpr = HEAD_DIM // 2
-    pairs = load_rows(base, tokens.to(tl.int64) * stride, valid, HALF, BLOCK_D)
-    low = (pairs & 15).to(tl.float32) * load_group(scale, heads, valid, 0, HEAD_DIM, HALF, BLOCK_D)
-    high = (pairs >> 4).to(tl.float32) * load_group(scale, heads, valid, HALF, HEAD_DIM, HALF, BLOCK_D)
-    low += load_group(zero, heads, valid, 0, HEAD_DIM, HALF, BLOCK_D)
-    high += load_group(zero, heads, valid, HALF, HEAD_DIM, HALF, BLOCK_D)
-    if HALF != BLOCK_D:
-        # padding channels of the values may hold the zero point: the store masks them, the keys' meet zero queries
-        inside = (tl.arange(0, BLOCK_D) < HALF)[None, :]
-        low = tl.where(inside, low, 0.0)
-        high = tl.where(inside, high, 0.0)
-    return narrow(low, dtype), narrow(high, dtype)
+    rows = tokens.to(tl.int64) * stride
+    if FORMAT == 0:
+        low = load_rows(base, rows, valid, HEAD_DIM, BLOCK_D)
+        high = low
+    elif FORMAT == 8:
+        low = load_rows(base, rows, valid, HEAD_DIM, BLOCK_D).to(tl.float32)
+        low = narrow(low * load_group(scale, heads, valid, 0, 64, 64, BLOCK_D), dtype)
+        high = low
+    else:
+        HALF: tl.constexpr = HEAD_DIM // 2
+        pairs = load_rows(base, rows, valid, HALF, BLOCK_D)
+        low = (pairs & 15).to(tl.float32) * load_group(scale, heads, valid, 0, HEAD_DIM, HALF, BLOCK_D)
+        low = narrow(low + load_group(zero, heads, valid, 0, HEAD_DIM, HALF, BLOCK_D), dtype)
+        high = (pairs >> 4).to(tl.float32) * load_group(scale, heads, valid, HALF, HEAD_DIM, HALF, BLOCK_D)
+        high = narrow(high + load_group(zero, heads, valid, HALF, HEAD_DIM, HALF, BLOCK_D), dtype)
+    return low, high
 
 
 @triton.jit
