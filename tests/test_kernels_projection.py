@@ -1,0 +1,124 @@
+"""Quantized formats, and the projection of quantized hidden states, against float64."""
+
+import os
+
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from hypothesis import given, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
+from xcllama_kernels import (  # noqa: E402
+    dequantize_int4,
+    dequantize_int8,
+    project_quantized,
+    quantize_int4,
+    quantize_int8,
+)
+from xcllama_kernels.cases import relative_error  # noqa: E402
+from xcllama_kernels.launch import INTERPRETED, launch_counts  # noqa: E402
+from xcllama_kernels.reference import project_quantized_reference  # noqa: E402
+
+if not INTERPRETED:
+    raise RuntimeError("triton was imported before TRITON_INTERPRET=1 was set; set it in the environment")
+
+TOLERANCES = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-2}
+
+
+@pytest.fixture(autouse=True)
+def _poison_new_memory():
+    """Every torch.empty holds NaN: what a kernel leaves unwritten shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def quantized(num_tokens: int, heads: int, dim: int, bits: int):
+    states = 3 * torch.randn(num_tokens, heads, dim, generator=torch.Generator().manual_seed(dim))
+    return (*quantize_int8(states), None) if bits == 8 else quantize_int4(states)
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCES), ids=["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(
+    ("num_tokens", "heads", "dim", "out", "norm", "bias"),
+    [
+        (5, 9, 64, 96, True, False),
+        (70, 1, 40, 65, False, True),
+        (3, 2, 192, 64, True, True),
+        (1, 1, 16, 1, True, False),
+    ],
+)
+def test_projection(num_tokens, heads, dim, out, norm, bias, bits, dtype):
+    width = heads * dim
+    generator = torch.Generator().manual_seed(0)
+    weight = (torch.randn(out, width, generator=generator) / width**0.5).to(dtype)
+    options = {"bias": torch.randn(out, generator=generator).to(dtype) if bias else None}
+    if norm:
+        options |= {"norm_weight": (1 + torch.rand(width, generator=generator)).to(dtype), "norm_eps": 1e-5}
+    states = quantized(num_tokens, heads, dim, bits)
+    before = launch_counts.copy()
+    result = project_quantized(*states, weight, **options)
+    assert launch_counts["project_kernel"] == before["project_kernel"] + 1
+    assert launch_counts["inverse_rms_kernel"] == before["inverse_rms_kernel"] + norm
+    assert result.dtype == dtype
+    assert relative_error(result, project_quantized_reference(*states, weight, **options)) < TOLERANCES[dtype]
+
+
+def test_projection_of_strided_rows_and_weight():
+    states, scale, _ = quantized(6, 2, 64, 8)
+    weight = torch.randn(128, 40).T
+    expected = project_quantized(states, scale, None, weight.contiguous())
+    assert torch.equal(project_quantized(states.repeat(1, 2, 1)[:, :2], scale, None, weight), expected)
+    assert torch.equal(
+        project_quantized(states.transpose(0, 1).contiguous().transpose(0, 1), scale, None, weight), expected
+    )
+
+
+def test_projection_of_no_tokens():
+    states, scale, _ = quantized(0, 1, 64, 8)
+    assert project_quantized(states, scale, None, torch.randn(3, 64)).shape == (0, 3)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    heads=st.integers(1, 3),
+    dim=st.sampled_from([2, 16, 40, 64, 128, 192]),
+    spread=st.sampled_from([0.0, 1e-3, 1.0, 500.0]),
+    seed=st.integers(0, 2**31),
+)
+def test_quantization_error_is_half_a_step(heads, dim, spread, seed):
+    generator = torch.Generator().manual_seed(seed)
+    states = spread * torch.randn(4, heads, dim, generator=generator) + spread
+    data, scale = quantize_int8(states)
+    assert data.dtype == torch.int8
+    assert scale.dtype == torch.float16
+    # half a step, plus what rounding the scale to float16 can clip
+    error = (dequantize_int8(data, scale) - states).abs().amax(-1)
+    assert (error <= 0.5 * scale.float() + 127 * scale.float() * 2**-10 + 1e-5).all()
+    data, scale, zero = quantize_int4(states)
+    assert data.dtype == torch.uint8
+    assert data.shape == (4, heads, dim // 2)
+    assert scale.shape == zero.shape == (4, heads, dim // min(dim, 64))
+    error = (dequantize_int4(data, scale, zero) - states).abs().unflatten(-1, (scale.shape[-1], -1)).amax(-1)
+    bound = 0.5 * scale.float() + (15 * scale.float() + zero.float().abs()) * 2**-10 + 1e-5
+    assert (error <= bound).all()
+
+
+def test_int4_layout():
+    states = torch.arange(16.0).repeat(4)[None, None]
+    data, scale, zero = quantize_int4(states)
+    assert scale.item() == 1
+    assert zero.item() == 0
+    assert data[0, 0, :16].tolist() == [channel | channel << 4 for channel in range(16)]
+    states[0, 0, 32:] = 0
+    assert quantize_int4(states)[0][0, 0, 5].item() == 5
+
+
+def test_quantization_refuses_what_it_cannot_hold():
+    with pytest.raises(ValueError, match="multiple of 64, got 96"):
+        quantize_int4(torch.randn(1, 1, 96))
+    with pytest.raises(ValueError, match="finite"):
+        quantize_int8(torch.full((1, 1, 64), torch.inf))
+    with pytest.raises(ValueError, match="finite"):
+        quantize_int4(torch.full((1, 1, 64), -1e6))
