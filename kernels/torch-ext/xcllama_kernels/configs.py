@@ -1,30 +1,88 @@
-"""Tile configurations: the first of a list is the default, the others are what `benchmark.py --tune` times."""
+"""Tile configurations: the first of a list is the default, the others are what `benchmark.py --tune` times.
+
+Chosen so that nothing spills and shared memory fits on sm_80, sm_90, sm_100 and gfx942; `inspect_kernels.py` checks all
+of them. float32 products run on the plain units (exact), so their tiles are small.
+"""
 
 import torch
 
 from .launch import Config, Target
 
 
+def _size(head_dim: int) -> int:
+    """The class of a head size: 64, 128 or 256."""
+    return 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256
+
+
+def _is_ampere(target: Target) -> bool:
+    return target.backend == "cuda" and int(target.arch) < 90
+
+
 def forward_configs(target: Target, dtype: torch.dtype, head_dim: int, bits: int) -> list[Config]:
     """Candidates of `forward_kernel`."""
-    return [Config(64, 64, 4, 2)]
+    size = _size(head_dim)
+    if dtype == torch.float32:
+        return [Config(16, 32, 4, 1) if size == 256 else Config(32, 32, 4, 1)]
+    if target.backend == "hip":
+        return {
+            64: [Config(128, 64, 4, 2), Config(64, 64, 4, 2)],
+            128: [Config(128, 64, 4, 1), Config(64, 64, 4, 1)],
+            256: [Config(64, 32, 4, 1)],
+        }[size]
+    if size == 64:
+        return [Config(128, 64, 8, 3), Config(128, 64, 8, 2), Config(64, 32, 4, 3)]
+    if size == 128:
+        if _is_ampere(target):
+            return [Config(128, 32, 8, 3), Config(64, 32, 4, 2)]
+        return [Config(128, 64, 8, 2), Config(64, 64, 4, 2)]
+    return [Config(64, 32, 8, 2)] if _is_ampere(target) else [Config(64, 32, 4, 2)]
 
 
 def decode_configs(target: Target, dtype: torch.dtype, head_dim: int, bits: int, block_m: int) -> list[Config]:
     """Candidates of `decode_kernel` for `block_m` rows."""
-    return [Config(block_m, 64, 4, 2)]
+    size = _size(head_dim)
+    warps = 8 if block_m == 128 else 4
+    if dtype == torch.float32:
+        return [Config(min(block_m, 32), 32, 4, 1)]
+    if target.backend == "hip":
+        return [Config(block_m, 64 if size < 256 and block_m < 128 else 32, 4, 2 if size < 256 else 1)]
+    if size == 256:
+        return [Config(block_m, 32, warps, 2)]
+    return [Config(block_m, 64, warps, 3), Config(block_m, 32, warps, 4)]
 
 
 def query_gradient_configs(target: Target, dtype: torch.dtype, head_dim: int) -> list[Config]:
     """Candidates of `query_gradient_kernel`."""
-    return [Config(64, 64, 4, 2)]
+    size = _size(head_dim)
+    if dtype == torch.float32:
+        return [Config(16, 16, 4, 1) if size == 256 else Config(32, 16, 4, 1)]
+    if target.backend == "hip":
+        return {64: [Config(64, 64, 4, 1)], 128: [Config(64, 32, 4, 1)], 256: [Config(32, 32, 4, 1)]}[size]
+    if size == 64:
+        return [Config(64, 64, 4, 2), Config(128, 64, 8, 2)]
+    if size == 128:
+        return [Config(64, 32, 4, 2)] if _is_ampere(target) else [Config(64, 64, 4, 2), Config(64, 32, 4, 2)]
+    return [Config(64, 32, 8, 1)] if _is_ampere(target) else [Config(64, 32, 4, 1)]
 
 
 def context_gradient_configs(target: Target, dtype: torch.dtype, head_dim: int) -> list[Config]:
-    """Candidates of `context_gradient_kernel`."""
-    return [Config(32, 64, 4, 2)]
+    """Candidates of `context_gradient_kernel`; `block_n` tokens are held, `block_m` query rows stream past."""
+    size = _size(head_dim)
+    if dtype == torch.float32:
+        return [Config(16, 16, 4, 1) if size == 256 else Config(16, 32, 4, 1)]
+    if target.backend == "hip":
+        return {64: [Config(64, 64, 4, 1)], 128: [Config(32, 64, 4, 1)], 256: [Config(32, 32, 4, 1)]}[size]
+    if size == 64:
+        return [Config(64, 64, 4, 2), Config(32, 64, 4, 2)]
+    if size == 128:
+        return [Config(32, 64, 4, 2), Config(64, 64, 8, 2)]
+    return [Config(32, 64, 8, 1)]
 
 
 def projection_configs(target: Target, dtype: torch.dtype, bits: int) -> list[Config]:
     """Candidates of `project_kernel`."""
-    return [Config(64, 64, 4, 2)]
+    if dtype == torch.float32:
+        return [Config(32, 32, 4, 1)]
+    if target.backend == "hip":
+        return [Config(128, 64, 4, 2), Config(64, 64, 4, 2)]
+    return [Config(128, 64, 4, 3), Config(64, 64, 4, 3)]

@@ -1,0 +1,98 @@
+"""The published form of the kernels loads in a clean process, by path and by LOCAL_KERNELS."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from kernels._rust import Metadata
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def assembler():
+    # by path: `kernels` is the library, the folder of that name is no package
+    spec = importlib.util.spec_from_file_location("assemble_kernels", ROOT / "kernels" / "assemble.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def repository(assembler, tmp_path_factory) -> Path:
+    return assembler.assemble(tmp_path_factory.mktemp("hub") / "xcllama-kernels")
+
+
+CHECK = """
+import sys, torch
+import kernels
+{load}
+import xcllama_kernels
+assert {root!r} in kernel.__file__ and kernel.__file__ != xcllama_kernels.__file__, kernel.__file__
+from xcllama_kernels.cases import random_case
+case = random_case([40, 9], [0, 1, 0], 1)
+case.query.requires_grad_()
+output = kernel.cross_attention(*case.arguments)
+output.sum().backward()
+counts = sys.modules[kernel.__name__ + ".launch"].launch_counts
+assert counts["decode_kernel"] == counts["query_gradient_kernel"] == 1, counts
+assert sum(xcllama_kernels.launch.launch_counts.values()) == 0
+assert torch.equal(output, xcllama_kernels.cross_attention(*case.arguments))
+print("same", sorted(kernel.__all__) == sorted(xcllama_kernels.__all__))
+"""
+
+
+@pytest.mark.parametrize("way", ["get_local_kernel", "LOCAL_KERNELS"])
+def test_loads_in_a_clean_process(repository, tmp_path, way):
+    environment = os.environ | {"TRITON_INTERPRET": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    if way == "LOCAL_KERNELS":
+        environment["LOCAL_KERNELS"] = f"someone/xcllama-kernels={repository}"
+        load = "kernel = kernels.get_kernel('someone/xcllama-kernels', version=1)"
+    else:
+        load = f"from pathlib import Path\nkernel = kernels.get_local_kernel(Path({str(repository)!r}))"
+    code = CHECK.format(load=load, root=str(repository))
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert run.stdout == "same True\n", run.stderr
+
+
+def test_layout(repository):
+    identifiers = set()
+    for backend in ("cuda", "rocm", "cpu"):
+        folder = repository / "build" / f"torch-{backend}"
+        metadata = Metadata.read_from_file(folder / "metadata.json")
+        identifiers.add(metadata.id)
+        assert (metadata.name.python_name, metadata.version, metadata.license) == ("xcllama_kernels", 1, "Apache-2.0")
+        assert str(metadata.backend.backend_type).lower() == backend
+        assert (folder / "__init__.py").is_file()
+        assert not list(folder.rglob("__pycache__"))
+    assert len(identifiers) == 3
+    assert "{{" not in (repository / "README.md").read_text()
+
+
+def test_refuses_an_existing_folder(assembler, tmp_path):
+    with pytest.raises(ValueError, match="must be a new folder"):
+        assembler.assemble(tmp_path)
+
+
+def test_card_takes_its_numbers_from_the_results(assembler, tmp_path):
+    record = {
+        "kernel": "decode_kernel", "target": "sm_90", "dtype": "bf16", "registers": 91, "spill_bytes": 0,
+        "shared_bytes": 4096, "tensor_core_instructions": {"mma.sync": 32},
+    }  # fmt: skip
+    results = tmp_path / "inspect.json"
+    run = {"kernels": [record, record | {"registers": 123}], "command": "make it", "commit": "abc", "date": "today"}
+    results.write_text(json.dumps(run))
+    card = (assembler.assemble(tmp_path / "out", results) / "README.md").read_text()
+    assert "| decode_kernel | sm_90 | bf16 | 2 | 123 | 0 | 4096 | mma.sync |" in card
+    assert "`make it` at commit abc on today" in card
+    assert "{{" not in card
+
+
+def test_the_library_kernels_is_not_our_folder():
+    origin = Path(importlib.util.find_spec("kernels").origin)
+    assert ROOT / "kernels" not in origin.parents
+    assert not (ROOT / "kernels" / "__init__.py").exists()
