@@ -5,27 +5,26 @@ A file is one safetensors file: the states ("hidden", or "key" and "value" when 
 to back), and a header with format, version, layout, dtype, fingerprint and checksum. It is mapped, not copied.
 """
 
-import hashlib
-import json
-import os
-import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, pairwise
+from itertools import accumulate, chain, pairwise
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from .context_file import (
+    FLOAT_DTYPES,
+    FORMAT,
+    FORMAT_VERSION,
+    LAYOUTS,
+    QUANTIZED_BITS,
+    assemble,
+    read_file,
+    write_file,
+)
+from .memory_report import MemoryReport, memory_report
 from .quantized_tensor import QuantizedTensor, cat_states, map_state, quantization_heads, quantize
-
-FORMAT = "xcllama-context-cache"
-FORMAT_VERSION = 1
-FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-QUANTIZED_BITS = {"int8": 8, "int4": 4}
-LAYOUTS = {"hidden": ("hidden",), "condensed": ("key", "value")}
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,6 +125,10 @@ class ContextCache:
         """Bytes of the states that the rows read, scales included, each document counted once."""
         return round(self.bytes_per_token * self.num_tokens)
 
+    def memory_report(self) -> MemoryReport:
+        """File, mapped and state bytes of what the rows read; printable."""
+        return memory_report(self)
+
     def row_token_ids(self, row: int) -> Tensor:
         """Token ids of what row `row` reads, int32 `[length]`."""
         parts = [self.token_ids[self.offsets[d] : self.offsets[d + 1]] for d in self.rows[row]]
@@ -142,7 +145,9 @@ class ContextCache:
 
     def join(self, groups: Iterable[Iterable[int]]) -> "ContextCache":
         """One row for each group, reading all its contexts; an empty group is a row without a context."""
-        return replace(self, rows=tuple(sum((self._pick(int(i)) for i in group), ()) for group in groups))
+        return replace(
+            self, rows=tuple(tuple(chain.from_iterable(self._pick(int(i)) for i in group)) for group in groups)
+        )
 
     @staticmethod
     def concat(caches: Sequence["ContextCache"]) -> "ContextCache":
@@ -198,7 +203,7 @@ class ContextCache:
         non_blocking: bool = False,
     ) -> "ContextCache":
         """The cache on `device` and, when not quantized, in the floating `dtype`."""
-        if dtype is not None and (self.is_quantized or dtype not in FLOAT_DTYPES):
+        if dtype is not None and (self.is_quantized or dtype not in FLOAT_DTYPES.values()):
             raise ValueError(
                 f"a {self.dtype} cache cannot be converted to {dtype}; use `quantize`, or keep its dtype."
             )
@@ -251,16 +256,7 @@ class ContextCache:
             "dtype": str(cache.dtype).removeprefix("torch."),
             "fingerprint": cache.fingerprint,
         }
-        header["checksum"] = _checksum(header, tensors)
-        path = Path(path)
-        partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
-        try:
-            save_file(tensors, partial, metadata=header)
-            with open(partial, "rb") as file:
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_file(Path(path), header, tensors)
 
     @classmethod
     def load(cls, path: str | Path, verify: bool = True) -> "ContextCache":
@@ -274,83 +270,12 @@ class ContextCache:
             ValueError: no context cache, of a newer format, truncated or altered.
             FileNotFoundError: no such file.
         """
-        path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"no context cache at {path}.")
+        header, tensors = read_file(Path(path), verify)
         try:
-            with safe_open(path, framework="pt") as file:
-                header = file.metadata() or {}
-                _check_header(header, path)
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-        except SafetensorError as error:
-            raise ValueError(
-                f"{path} is truncated, or no safetensors file ({error}); encode the contexts again."
-            ) from error
-        if verify and _checksum({k: v for k, v in header.items() if k != "checksum"}, tensors) != header.get(
-            "checksum"
-        ):
-            raise ValueError(f"{path} was altered: its checksum does not match; encode the contexts again.")
-        try:
-            return _assemble(header, tensors)
-        except (KeyError, IndexError, TypeError, RuntimeError, ValueError) as error:
-            raise ValueError(f"{path} is no valid context cache: {error!r}; encode the contexts again.") from error
-
-
-def _checksum(header: dict[str, str], tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def _check_header(header: dict[str, str], path: Path) -> None:
-    if header.get("format") != FORMAT:
-        raise ValueError(
-            f"{path} is no context cache: its header has format {header.get('format')!r}, not {FORMAT!r}."
-        )
-    version = header.get("format_version", "")
-    if not version.isdecimal():
-        raise ValueError(f"{path} has no readable format version: {version!r}.")
-    if int(version) > FORMAT_VERSION:
-        raise ValueError(
-            f"{path} has format version {version}, this code reads up to {FORMAT_VERSION}; update the model's code."
-        )
-
-
-def _assemble(header: dict[str, str], tensors: dict[str, Tensor]) -> ContextCache:
-    """Build a cache from a file's tensors, trusting nothing about their shapes."""
-    states = {}
-    for name in LAYOUTS[header["layout"]]:
-        data = tensors[name]
-        if header["dtype"] not in QUANTIZED_BITS:
-            expected, states[name] = getattr(torch, header["dtype"]), data
-            if expected not in FLOAT_DTYPES or data.dtype != expected:
-                raise ValueError(f"`{name}` is {data.dtype}, its header says {header['dtype']}")
-        else:
-            four = header["dtype"] == "int4"
-            state = QuantizedTensor(data, tensors[f"{name}.scale"], tensors[f"{name}.zero"] if four else None)
-            groups = (max(1, state.shape[-1] // 64),) if four else ()
-            if data.dtype != (torch.uint8 if four else torch.int8) or data.dim() != 3:
-                raise ValueError(f"`{name}` is {data.dtype} with {data.dim()} dimensions")
-            for part in state.tensors()[1:]:
-                if part.shape != (*data.shape[:2], *groups) or part.dtype != torch.float16:
-                    raise ValueError(f"scales of `{name}` have shape {list(part.shape)} and dtype {part.dtype}")
-            states[name] = state
-        if isinstance(states[name], Tensor) and data.dim() != (2 if name == "hidden" else 3):
-            raise ValueError(f"`{name}` has {data.dim()} dimensions")
-        finite = (data,) if isinstance(states[name], Tensor) else states[name].tensors()[1:]
-        if any(part.numel() and not part.abs().amax().isfinite() for part in finite):
-            raise ValueError(f"`{name}` has NaN or infinite values")
-    for name in ("offsets", "rows", "row_offsets", "token_ids"):
-        if tensors[name].dim() != 1 or tensors[name].dtype not in (torch.int32, torch.int64):
-            raise ValueError(f"`{name}` must be a list of integers")
-    flat, bounds = tensors["rows"].tolist(), tensors["row_offsets"].tolist()
-    if bounds[:1] != [0] or bounds[-1] != len(flat) or bounds != sorted(bounds):
-        raise ValueError("`row_offsets` does not fit `rows`")
-    rows = tuple(tuple(flat[start:end]) for start, end in pairwise(bounds))
-    return ContextCache(states, tuple(tensors["offsets"].tolist()), tensors["token_ids"], header["fingerprint"], rows)
+            states, offsets, rows = assemble(header, tensors)
+            return cls(states, offsets, tensors["token_ids"], header["fingerprint"], rows)
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"{path} is no valid context cache: {error}; encode the contexts again.") from error
 
 
 @dataclass(frozen=True, eq=False)
@@ -361,19 +286,26 @@ class ProjectedContext:
         keys, values: one entry a projection, `[num_tokens, kv_heads, head_dim]`, tensors or `QuantizedTensor`s.
         rows: which tokens each row reads (`ContextRows`).
         cache: the cache they came from.
+        assistant: what the draft model of assisted decoding reads in its place, None: nothing.
     """
 
     keys: tuple
     values: tuple
     rows: object
     cache: ContextCache
+    assistant: "ProjectedContext | None" = None
 
     def __len__(self) -> int:
         """Number of rows."""
         return len(self.rows)
 
     def __deepcopy__(self, memo) -> "ProjectedContext":
+        # immutable, as the cache is
         return self
+
+    def memory_report(self) -> MemoryReport:
+        """What a request that reads this costs: file, mapped and resident bytes; printable."""
+        return memory_report(self.cache, self)
 
     @property
     def fingerprint(self) -> str:

@@ -131,6 +131,8 @@ def triton_cross_attention(query: Tensor, key, value, rows: ContextRows, scale: 
     offsets, context_index = rows.tensors(query.device)
     scales = {}
     if not isinstance(key, Tensor):
+        if not hasattr(key, "scale"):
+            raise ValueError("the kernels read no quantized keys with RoPE; use cross_attn_implementation='sdpa'.")
         scales = {"key_scale": key.scale, "key_zero": key.zero, "value_scale": value.scale, "value_zero": value.zero}
         key, value = key.data, value.data
     return find_kernels().cross_attention(query, key, value, offsets, context_index, scale=scale, **scales)
@@ -210,10 +212,14 @@ def cross_attention_weights(query: Tensor, key, rows: ContextRows, scale: float)
     batch, length, heads, _ = query.shape
     weights = query.new_zeros((batch, heads, length, longest), dtype=torch.float32)
     for start, end, members in rows.groups:
-        keys = key[start:end]
-        keys = keys if isinstance(keys, Tensor) else keys.dequantize(query.dtype)
-        folded = _fold(query[members], keys.shape[1])
-        scores = ((folded @ keys.permute(1, 2, 0)).float() * scale).softmax(-1)
-        scores = scores.view(keys.shape[1], len(members), length, -1, end - start).permute(1, 0, 3, 2, 4)
+        folded = _fold(query[members], key.shape[1])
+        # by blocks: quantized keys are never dequantized as a whole
+        scores = []
+        for first in range(start, end, BLOCK_TOKENS):
+            block = key[first : min(end, first + BLOCK_TOKENS)]
+            block = block if isinstance(block, Tensor) else block.dequantize(query.dtype)
+            scores.append((folded @ block.permute(1, 2, 0)).float() * scale)
+        scores = torch.cat(scores, dim=-1).softmax(-1)
+        scores = scores.view(key.shape[1], len(members), length, -1, end - start).permute(1, 0, 3, 2, 4)
         weights[members, ..., : end - start] = scores.reshape(len(members), heads, length, end - start)
     return weights

@@ -23,8 +23,9 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .configuration_xcllama import XCLlamaConfig
 from .context_cache import ContextCache, ProjectedContext
 from .context_encoding import batches_by_length, num_positions, pad_right, unpad, weights_digest, windows
-from .cross_attention import BLOCK_TOKENS, ContextRows, resolve_implementation
-from .cross_attention_block import ContextProjection, CrossAttentionBlock, rotate
+from .context_projection import ReadingPlan, project_hidden, rotate_keys
+from .cross_attention import resolve_implementation
+from .cross_attention_block import ContextProjection, CrossAttentionBlock
 
 
 class XCLlamaPreTrainedModel(LlamaPreTrainedModel):
@@ -287,65 +288,26 @@ class XCLlamaModel(XCLlamaPreTrainedModel, LlamaModel):
         if not dtype.is_floating_point:
             dtype = self.dtype
         cache = cache.to(self.context_projections[0].k_proj.weight.device)
-        distinct = list(dict.fromkeys(cache.rows))
-        flat = [document for row in distinct for document in row]
-        unique = list(dict.fromkeys(flat))
-        tokens = document_tokens(cache.offsets, unique)
-        states = {name: state[tokens] for name, state in cache.states.items()}
-        lengths = [cache.offsets[document + 1] - cache.offsets[document] for document in unique]
-        starts = dict(zip(unique, accumulate(lengths, initial=0), strict=False))
-        sizes = dict(zip(unique, lengths, strict=True))
-        offsets = tuple(accumulate((sum(sizes[document] for document in row) for row in distinct), initial=0))
-        repeat = None
-        if flat != unique:
-            repeat = torch.cat([torch.arange(starts[d], starts[d] + sizes[d]) for d in flat]).to(cache.device)
+        plan = ReadingPlan.of(cache.offsets, cache.rows)
         if self.training and self.config.cross_attention_dropout:
-            repeat, offsets = self._drop_tokens(repeat, offsets, cache.device)
+            plan = plan.drop_tokens(self.config.cross_attention_dropout, cache.device)
+        states = {name: state[plan.tokens] for name, state in cache.states.items()}
         projected = (
-            [(states["key"], states["value"])] if cache.layout == "condensed" else self._project_hidden(states, dtype)
+            [(states["key"], states["value"])]
+            if cache.layout == "condensed"
+            else project_hidden(states["hidden"], self.context_projections, dtype)
         )
         keys, values = [], []
         for key, value in projected:
             if isinstance(key, Tensor):
                 key, value = key.to(dtype), value.to(dtype)
-            if repeat is not None:
-                key, value = key[repeat], value[repeat]
-            keys.append(self._rotate_keys(key, offsets, dtype))
+            if plan.repeat is not None:
+                key, value = key[plan.repeat], value[plan.repeat]
+            if self.cross_rotary_emb is not None:
+                key = rotate_keys(key, plan.rows.offsets, self.cross_rotary_emb)
+            keys.append(key)
             values.append(value)
-        index = {row: position for position, row in enumerate(distinct)}
-        rows = ContextRows(offsets, tuple(index[row] for row in cache.rows))
-        return ProjectedContext(tuple(keys), tuple(values), rows, cache)
-
-    def _project_hidden(self, states: dict, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
-        hidden = states["hidden"]
-        if isinstance(hidden, Tensor):
-            return [projection(hidden.to(dtype)) for projection in self.context_projections]
-        # quantized: a block of tokens at a time is dequantized and projected
-        blocks = range(0, max(1, hidden.shape[0]), BLOCK_TOKENS)
-        parts = []
-        for start in blocks:
-            block = hidden[start : start + BLOCK_TOKENS].dequantize(dtype).flatten(1)
-            parts.append([projection(block) for projection in self.context_projections])
-        return [tuple(torch.cat(pieces) for pieces in zip(*pairs, strict=True)) for pairs in zip(*parts, strict=True)]
-
-    def _rotate_keys(self, key, offsets: tuple[int, ...], dtype: torch.dtype):
-        if self.cross_rotary_emb is None:
-            return key
-        key = key if isinstance(key, Tensor) else key.dequantize(dtype)
-        spans = zip(offsets[:-1], offsets[1:], strict=True)
-        positions = torch.cat([torch.arange(end - start) for start, end in spans]).to(key.device)
-        cos, sin = self.cross_rotary_emb(key, position_ids=positions.unsqueeze(0))
-        return rotate(key, (cos[0], sin[0]))
-
-    def _drop_tokens(self, repeat: Tensor | None, offsets: tuple[int, ...], device) -> tuple[Tensor, tuple[int, ...]]:
-        """Leave out whole context tokens at random (training); a context keeps its first token at least."""
-        keep = torch.rand(offsets[-1], device=device) >= self.config.cross_attention_dropout
-        starts = [start for start, end in zip(offsets[:-1], offsets[1:], strict=True) if start < end]
-        keep[starts] = True
-        kept = keep.cumsum(0).tolist()
-        new_offsets = tuple(0 if offset == 0 else kept[offset - 1] for offset in offsets)
-        index = keep.nonzero().squeeze(1)
-        return (index if repeat is None else repeat[index]), new_offsets
+        return ProjectedContext(tuple(keys), tuple(values), plan.rows, cache)
 
     def check_cache(self, cache: ContextCache) -> None:
         """Raise a ValueError that says why, if this model cannot read `cache`."""
@@ -408,15 +370,6 @@ class XCLlamaModel(XCLlamaPreTrainedModel, LlamaModel):
     def trust_fingerprint(self) -> None:
         """Take the fingerprint in the config as that of the weights as they are now (right after loading)."""
         self._encoding_versions = [tensor._version for tensor in self._encoding_tensors().values()]
-
-
-def document_tokens(offsets: tuple[int, ...], documents: list[int]) -> slice | Tensor:
-    """Where the tokens of `documents` lie: a slice if they follow each other, else indices."""
-    if not documents:
-        return slice(0, 0)
-    if documents == list(range(documents[0], documents[0] + len(documents))):
-        return slice(offsets[documents[0]], offsets[documents[-1] + 1])
-    return torch.cat([torch.arange(offsets[document], offsets[document + 1]) for document in documents])
 
 
 def bare_encoder(model: PreTrainedModel) -> PreTrainedModel:

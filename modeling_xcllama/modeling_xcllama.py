@@ -12,7 +12,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM
 from transformers.cache_utils import Cache
-from transformers.generation.utils import GenerateOutput
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
 from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaRotaryEmbedding
@@ -23,6 +22,8 @@ from .context_cache import ContextCache, ProjectedContext
 from .context_encoding import weights_digest
 from .cross_attention import log_implementation
 from .decoder_xcllama import XCLlamaModel, XCLlamaPreTrainedModel, bare_encoder
+from .generation_xcllama import ContextGenerationMixin
+from .pipeline_xcllama import TASK, ContextQuestionAnsweringPipeline
 from .warm_start import copy_self_attention, zero_gates
 
 logger = logging.get_logger(__name__)
@@ -33,7 +34,7 @@ ADDED_PREFIXES = ("model.cross_attention_blocks.", "model.context_projections.")
 WEIGHTS_NAME = "cross_attention.safetensors"
 
 
-class XCLlamaForCausalLM(XCLlamaPreTrainedModel, LlamaForCausalLM):
+class XCLlamaForCausalLM(ContextGenerationMixin, XCLlamaPreTrainedModel, LlamaForCausalLM):
     """Llama for causal language modeling that reads a context cache."""
 
     def __init__(self, config: XCLlamaConfig):
@@ -94,44 +95,6 @@ class XCLlamaForCausalLM(XCLlamaPreTrainedModel, LlamaForCausalLM):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             cross_attentions=outputs.cross_attentions,
-        )
-
-    @torch.no_grad()
-    def generate(
-        self,
-        inputs: Tensor | None = None,
-        *args,
-        context_cache: ContextCache | ProjectedContext | None = None,
-        context_input_ids: torch.LongTensor | None = None,
-        context_attention_mask: Tensor | None = None,
-        **kwargs,
-    ) -> GenerateOutput | torch.LongTensor:
-        """`GenerationMixin.generate` from cached contexts: they are encoded and projected once, before the first step.
-
-        Args:
-            context_cache, context_input_ids, context_attention_mask: as in `forward`.
-        """
-        given = next((kwargs[name] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None), inputs)
-        batch = None if given is None else given.shape[0]
-        context = self.model.resolve_context(context_cache, context_input_ids, context_attention_mask, batch)
-        if context is not None:
-            kwargs["context_cache"] = context
-        return super().generate(inputs, *args, **kwargs)
-
-    @staticmethod
-    def _expand_inputs_for_generation(
-        expand_size: int = 1,
-        is_encoder_decoder: bool = False,
-        input_ids: torch.LongTensor | None = None,
-        **model_kwargs,
-    ) -> tuple[torch.LongTensor, dict]:
-        # beams and returned sequences share their context: only the row numbers are repeated
-        context = model_kwargs.get("context_cache")
-        if context is not None and expand_size > 1:
-            rows = [row for row in range(len(context)) for _ in range(expand_size)]
-            model_kwargs["context_cache"] = context.select(rows)
-        return LlamaForCausalLM._expand_inputs_for_generation(
-            LlamaForCausalLM, expand_size, is_encoder_decoder, input_ids, **model_kwargs
         )
 
     def encode_context(self, context_input_ids: Tensor, context_attention_mask: Tensor | None = None) -> ContextCache:
@@ -239,6 +202,8 @@ class XCLlamaForCausalLM(XCLlamaPreTrainedModel, LlamaForCausalLM):
         """`PreTrainedModel.save_pretrained` with the code that remote loading needs."""
         self.model.context_fingerprint()
         self.config.auto_map = {"AutoModel": "modeling_xcllama.XCLlamaModel"}
+        implementation = f"pipeline_xcllama.{ContextQuestionAnsweringPipeline.__name__}"
+        self.config.custom_pipelines = {TASK: {"impl": implementation, "pt": ["AutoModelForCausalLM"]}}
         super().save_pretrained(save_directory, **kwargs)
 
     def save_cross_attention(self, path: str | os.PathLike) -> None:

@@ -1,0 +1,141 @@
+"""generate() with contexts: encoded and projected once, shared by beams, kept from drafts that cannot read them."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from transformers.generation.utils import GenerateOutput
+from transformers.modeling_utils import PreTrainedModel
+
+from .context_cache import ContextCache, ProjectedContext
+
+
+class ContextGenerationMixin:
+    """What a causal language model with a context adds to `GenerationMixin`."""
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        *args,
+        context_cache: ContextCache | ProjectedContext | None = None,
+        context_input_ids: torch.LongTensor | None = None,
+        context_attention_mask: Tensor | None = None,
+        assistant_model: PreTrainedModel | None = None,
+        assistant_context_cache: ContextCache | ProjectedContext | None = None,
+        **kwargs,
+    ) -> GenerateOutput | torch.LongTensor:
+        """`GenerationMixin.generate` from cached contexts: they are encoded and projected once, before the first step.
+
+        Args:
+            context_cache, context_input_ids, context_attention_mask: as in `forward`.
+            assistant_model: draft model of assisted decoding, XC or not.
+            assistant_context_cache: what an XC draft reads; None: the same cache where the draft can read it. A draft
+                that is no XC model reads no context.
+
+        Raises:
+            ValueError: a context that does not fit the batch, the model or the draft.
+        """
+        given = next((kwargs[name] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None), inputs)
+        batch = None if given is None else given.shape[0]
+        context = self.model.resolve_context(context_cache, context_input_ids, context_attention_mask, batch)
+        if assistant_model is not None:
+            kwargs["assistant_model"] = assistant_model
+        if context is not None:
+            draft = draft_context(assistant_model, assistant_context_cache, context)
+            kwargs["context_cache"] = context if draft is None else replace(context, assistant=draft)
+        elif assistant_context_cache is not None:
+            raise ValueError("`assistant_context_cache` needs a `context_cache` for the model itself.")
+        return super().generate(inputs, *args, **kwargs)
+
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: torch.LongTensor | None = None,
+        **model_kwargs,
+    ) -> tuple[torch.LongTensor, dict]:
+        # beams and returned sequences share their context: only the row numbers are repeated
+        context = model_kwargs.get("context_cache")
+        if context is not None and expand_size > 1:
+            rows = [row for row in range(len(context)) for _ in range(expand_size)]
+            model_kwargs["context_cache"] = context.select(rows)
+        return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
+
+    def _get_candidate_generator(self, *args, model_kwargs: dict, assistant_model=None, **kwargs):
+        # a draft gets a context of its own, or none; only self-speculation reads the model's
+        if assistant_model is not None and "context_cache" in model_kwargs:
+            model_kwargs = dict(model_kwargs)
+            draft = model_kwargs.pop("context_cache").assistant
+            if draft is not None:
+                model_kwargs["context_cache"] = draft
+        return super()._get_candidate_generator(
+            *args, model_kwargs=model_kwargs, assistant_model=assistant_model, **kwargs
+        )
+
+    @torch.no_grad()
+    def context_weights(
+        self,
+        sequences: torch.LongTensor,
+        context_cache: ContextCache | ProjectedContext,
+        prompt_length: int,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        """How much each context token was attended to when the answers were written.
+
+        Args:
+            sequences: prompts and answers, as `generate` returns them, `[batch, length]`.
+            context_cache: row i is what sequence i read.
+            prompt_length: tokens of the (left-padded) prompts; what follows is the answer.
+            attention_mask: of the prompts or of the sequences; 0 at padding.
+
+        Returns:
+            float32 `[batch, longest context]`: the mean over layers, heads and answer tokens; each row sums to 1, with
+            zeros past the end of its context. See `find_evidence` for the characters they stand for.
+
+        Raises:
+            ValueError: no answer after the prompt.
+        """
+        if not 0 < prompt_length < sequences.shape[1]:
+            raise ValueError(f"`prompt_length` must be in [1, {sequences.shape[1] - 1}], got {prompt_length}.")
+        if attention_mask is not None and attention_mask.shape[1] < sequences.shape[1]:
+            missing = sequences.shape[1] - attention_mask.shape[1]
+            attention_mask = torch.nn.functional.pad(attention_mask, (0, missing), value=1)
+        outputs = self(
+            input_ids=sequences[:, :-1],
+            attention_mask=None if attention_mask is None else attention_mask[:, :-1],
+            context_cache=context_cache,
+            use_cache=False,
+            output_attentions=True,
+            logits_to_keep=1,
+        )
+        # the token at position i is written by what position i - 1 reads
+        return torch.stack([layer[:, :, prompt_length - 1 :].mean((1, 2)) for layer in outputs.cross_attentions]).mean(
+            0
+        )
+
+
+def draft_context(
+    assistant: PreTrainedModel | None,
+    given: ContextCache | ProjectedContext | None,
+    context: ProjectedContext,
+) -> ProjectedContext | None:
+    """Keys and values that the draft model reads, None: it reads no context.
+
+    Raises:
+        ValueError: a cache for a draft that reads none, or an XC draft that cannot read the model's cache.
+    """
+    reads = hasattr(assistant, "project_context")
+    if given is not None and not reads:
+        raise ValueError("`assistant_context_cache` needs an XC model as `assistant_model`.")
+    if not reads:
+        return None
+    if given is None:
+        try:
+            return assistant.project_context(context.cache)
+        except ValueError as error:
+            raise ValueError(
+                f"the draft model cannot read this context ({error}) Give it its own: "
+                "`assistant_context_cache=assistant_model.encode_context(...)`."
+            ) from error
+    return assistant.model.resolve_context(given, None, None, len(context))
