@@ -9,13 +9,13 @@ import hashlib
 import json
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from dataset_builders.duplicates import ContextIndex
 from dataset_builders.reading import read_source
 from dataset_builders.schema import Report, Row
-from dataset_builders.sources import SOURCES, get_source
+from dataset_builders.sources import SOURCES, get_source, terms
 from dataset_builders.splits import SPLITS
 
 OFFLINE_SOURCES = ("coqa", "coqa_school", "boolq", "drop", "sciq", "qasper")
@@ -29,6 +29,7 @@ def build_mix(
     seed: int = 0,
     commercial_only: bool = False,
     on_error: str = "raise",
+    num_proc: int = 1,
 ) -> "Mix":
     """Prepare a mix of sources.
 
@@ -38,29 +39,48 @@ def build_mix(
         benchmarks: sources whose contexts must not be trained on; None: the PyPI ones.
         seed: order of the rows, and whatever a source shuffles; never what is train, validation or test.
         commercial_only: leave out the sources whose terms do not allow commercial use.
+        on_error, num_proc: as for `read_source`.
 
     Raises:
         ValueError: an unknown name, an evaluation-only source among `names`, or no source left.
     """
+    names, benchmarks = choose_sources(names, benchmarks, commercial_only)
+    paths = paths or {}
+
+    def read(name: str, split: str, report: Report | None) -> Iterator[Row]:
+        return read_source(name, paths.get(name), split, seed, on_error, report, num_proc=num_proc)
+
+    return Mix(names, benchmarks, seed, read)
+
+
+def choose_sources(
+    names: list[str] | None, benchmarks: list[str] | None, commercial_only: bool
+) -> tuple[list[str], list[str]]:
+    """The sources to mix and the benchmarks, checked as `build_mix` says."""
     names = list(OFFLINE_SOURCES if names is None else names)
     benchmarks = list(OFFLINE_BENCHMARKS if benchmarks is None else benchmarks)
-    for name in names:
-        if get_source(name).evaluation_only:
+    for name in names + benchmarks:
+        if get_source(name).evaluation_only and name in names:
             raise ValueError(f"{name!r} is for evaluation only; pass it in `benchmarks`, not in `names`.")
     if commercial_only:
         names = [name for name in names if SOURCES[name].commercial]
     if not names or len(set(names + benchmarks)) != len(names + benchmarks):
-        raise ValueError(
-            f"`names` and `benchmarks` must be distinct and leave a source to mix, got {names}, {benchmarks}."
-        )
-    return Mix(names, benchmarks, dict(paths or {}), seed, on_error)
+        rule = "`names` and `benchmarks` must be distinct and leave a source to mix"
+        raise ValueError(f"{rule}, got {names} and {benchmarks}.")
+    return names, benchmarks
 
 
 class Mix:
     """Streams of the splits of a mix, and the table of what was read, kept and removed. Made by `build_mix`."""
 
-    def __init__(self, names: list[str], benchmarks: list[str], paths: dict[str, str], seed: int, on_error: str):
-        self.names, self.benchmarks, self.paths, self.seed, self.on_error = names, benchmarks, paths, seed, on_error
+    def __init__(
+        self,
+        names: list[str],
+        benchmarks: list[str],
+        seed: int,
+        read: Callable[[str, str, Report | None], Iterator[Row]],
+    ):
+        self.names, self.benchmarks, self.seed, self._read = names, benchmarks, seed, read
         self.reports = {name: Report() for name in names + benchmarks}
         self.counts = {name: Counter() for name in names + benchmarks}
         self.splits: dict[str, dict[str, Any]] = {}
@@ -70,9 +90,6 @@ class Mix:
         self._found: dict[str, set[str]] = {"exact": set(), "near": set()}
         for name in names + benchmarks:
             self._scan(name)
-
-    def _read(self, name: str, split: str, report: Report | None = None) -> Iterator[Row]:
-        return read_source(name, self.paths.get(name), split, self.seed, self.on_error, report)
 
     def _scan(self, name: str) -> None:
         for row in self._read(name, "all", self.reports[name]):
@@ -92,7 +109,7 @@ class Mix:
         seen: set[bytes] = set()
         for row in self._interleave(split):
             row, reason = self._clean(row, split, removed)
-            identity = row_digest(row)
+            identity = content_digest(row)
             if reason is None and identity in seen:
                 reason = "repeated row"
             if reason is not None:
@@ -111,7 +128,7 @@ class Mix:
     def _interleave(self, split: str) -> Iterator[Row]:
         generator = random.Random(f"{self.seed}:{split}")
         remaining = {name: self.counts[name][split] for name in self.names if self.counts[name][split]}
-        streams = {name: self._read(name, split) for name in remaining}
+        streams = {name: self._read(name, split, None) for name in remaining}
         while remaining:
             name = generator.choices(list(remaining), weights=list(remaining.values()))[0]
             yield next(streams[name])
@@ -142,15 +159,10 @@ class Mix:
 
     def report(self) -> dict[str, Any]:
         """The build table; the splits and the overlap of those streamed to their end."""
-        sources = {}
-        for name, report in self.reports.items():
-            source, counts = SOURCES[name], dict(self.counts[name])
-            terms = {
-                "licence": source.licence,
-                "commercial": source.commercial,
-                "evaluation_only": source.evaluation_only,
-            }
-            sources[name] = report.as_dict() | {"splits": counts} | terms
+        sources = {
+            name: report.as_dict() | {"splits": dict(self.counts[name])} | terms(name)
+            for name, report in self.reports.items()
+        }
         overlap = {holder: self._overlap(holder) for holder in [*self.benchmarks, "test", "validation"]}
         return {"seed": self.seed, "sources": sources, "mix": self.splits, "contexts_found_in_training": overlap}
 
@@ -160,7 +172,7 @@ class Mix:
         return {"contexts": len(held), "exact": len(exact), "near": len((self._found["near"] & held) - exact)}
 
 
-def row_digest(row: Row) -> bytes:
+def content_digest(row: Row) -> bytes:
     """Digest of what a row says, whatever its `sample_idx`."""
     content = {name: value for name, value in row.items() if name != "sample_idx"}
     text = json.dumps(content, sort_keys=True, ensure_ascii=False)

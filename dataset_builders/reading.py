@@ -1,13 +1,17 @@
-"""From a source's files to checked rows, in a stream."""
+"""From a source's files to checked rows, in a stream, by one process or several."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from dataset_builders.files import Record, SourceError
+from dataset_builders.parallel import blocks, check_num_proc, ordered_map
 from dataset_builders.schema import Drop, RecordError, Report, Row, validate_row
 from dataset_builders.settings import Settings
 from dataset_builders.sources import Outcome, Source, get_source
 from dataset_builders.splits import check_split
+
+# records handed to a worker at a time
+_BLOCK_RECORDS = 16
 
 
 def read_source(
@@ -18,8 +22,9 @@ def read_source(
     on_error: str = "raise",
     report: Report | None = None,
     settings: Settings | None = None,
+    num_proc: int = 1,
 ) -> Iterator[Row]:
-    """Stream the rows of a source.
+    """Stream the rows of a source, in the order of its files.
 
     Args:
         name: a key of `SOURCES`.
@@ -29,6 +34,7 @@ def read_source(
         on_error: "raise", or "drop" to leave out records that cannot be read and count them.
         report: filled with what was read, kept and dropped, over all splits, as the stream advances.
         settings: the seed together with the options that some sources have; give it or `seed`.
+        num_proc: processes that parse and convert; the rows and their order do not depend on it.
 
     Raises:
         ValueError: unknown name, split or on_error.
@@ -39,8 +45,10 @@ def read_source(
         raise ValueError(f"`seed` and `settings.seed` must not differ, got {seed} and {settings.seed}.")
     check_split(split)
     check_on_error(on_error)
+    check_num_proc(num_proc)
     report = report if report is not None else Report()
-    rows = checked_rows(source, path, settings or Settings(seed), on_error, report)
+    records = readable_records(source, path, on_error, report)
+    rows = checked_rows(source, records, settings or Settings(seed), on_error, report, num_proc)
     return (row for row in rows if split in ("all", source.split(row)))
 
 
@@ -50,12 +58,34 @@ def check_on_error(on_error: str) -> None:
         raise ValueError(f'`on_error` must be "raise" or "drop", got {on_error!r}.')
 
 
-def checked_rows(source: Source, path: str | None, settings: Settings, on_error: str, report: Report) -> Iterator[Row]:
-    """All rows of a source; drops and errors are counted, or raised, as they come."""
-    for record in readable_records(source, path, on_error, report):
-        for outcome in outcomes(source, record, settings):
-            if (row := settle(outcome, record, on_error, report)) is not None:
+def checked_rows(
+    source: Source, records: Iterable[Record], settings: Settings, on_error: str, report: Report, num_proc: int = 1
+) -> Iterator[Row]:
+    """All rows of `records`; drops and errors are counted, or raised, as they come."""
+    if num_proc == 1:
+        settled = ((record.file, record.place, outcomes(source, record, settings)) for record in records)
+    else:
+        done = ordered_map(
+            _convert_block, blocks(records, _BLOCK_RECORDS), num_proc, _start_worker, (source.name, settings)
+        )
+        settled = (entry for block in done for entry in block)
+    for file, place, found in settled:
+        for outcome in found:
+            if (row := settle(outcome, file, place, on_error, report)) is not None:
                 yield row
+
+
+_worker: tuple[Source, Settings] | None = None
+
+
+def _start_worker(name: str, settings: Settings) -> None:
+    global _worker
+    _worker = get_source(name), settings
+
+
+def _convert_block(records: list[Record]) -> list[tuple[str, str, list[Outcome]]]:
+    source, settings = _worker
+    return [(record.file, record.place, list(outcomes(source, record, settings))) for record in records]
 
 
 def readable_records(source: Source, path: str | None, on_error: str, report: Report) -> Iterator[Record]:
@@ -72,7 +102,7 @@ def readable_records(source: Source, path: str | None, on_error: str, report: Re
         report.drop(f"error: {error.problem.split(':')[0]}")
 
 
-def settle(outcome: Outcome, record: Record, on_error: str, report: Report) -> Row | None:
+def settle(outcome: Outcome, file: str, place: str, on_error: str, report: Report) -> Row | None:
     """Count an outcome; return the row, if it is one.
 
     Raises:
@@ -83,7 +113,7 @@ def settle(outcome: Outcome, record: Record, on_error: str, report: Report) -> R
         return None
     if isinstance(outcome, RecordError):
         if on_error == "raise":
-            raise SourceError(record.file, record.place, str(outcome), outcome.field)
+            raise SourceError(file, place, str(outcome), outcome.field)
         report.drop(drop_reason(outcome))
         return None
     report.keep()
@@ -107,4 +137,5 @@ def outcomes(source: Source, record: Record, settings: Settings) -> Iterator[Out
 def drop_reason(error: RecordError) -> str:
     """The reason under which an unreadable record is counted: its field and rule, without indices and values."""
     rule = re.split(r"[,:;(]", error.message)[0]
-    return f"error: `{re.sub(r'[[][0-9]+[]]', '[]', error.field)}` {rule.strip()}"
+    field = re.sub(r"\[\d+\]", "[]", error.field)
+    return f"error: `{field}` {rule.strip()}"

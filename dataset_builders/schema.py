@@ -50,6 +50,10 @@ class RecordError(ValueError):
         self.field = field
         self.message = message
 
+    def __reduce__(self) -> tuple:
+        # errors travel from worker processes
+        return RecordError, (self.field, self.message)
+
 
 @dataclass(frozen=True)
 class Drop:

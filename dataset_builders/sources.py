@@ -51,6 +51,13 @@ def get_source(name: str) -> Source:
     return SOURCES[name]
 
 
+def terms(name: str) -> dict[str, Any]:
+    """The terms of a source, as the build table has them."""
+    source = SOURCES[name]
+    fields = ("licence", "commercial", "evaluation_only", "citation", "homepage", "hub_id", "note")
+    return {field: getattr(source, field) for field in fields}
+
+
 def _plain(convert: Callable[[Any], Iterator[Outcome]]) -> Convert:
     return partial(_without_settings, convert)
 
