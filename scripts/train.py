@@ -1,6 +1,7 @@
 """Train a recipe: python scripts/train.py --recipe training/recipes/xc-smollm2-135m.yaml [--resume] [--dry-run]
 
-On several GPUs, or processes: accelerate launch --num_processes 8 scripts/train.py --recipe FILE (DDP; FSDP as accelerate is told).
+On several GPUs or processes: accelerate launch --num_processes 8 scripts/train.py --recipe FILE (DDP, or FSDP as
+accelerate is told).
 """
 
 import argparse
@@ -21,7 +22,9 @@ def main() -> int:
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the run folder")
     parser.add_argument("--dry-run", action="store_true", help="print parameters, memory and steps, train nothing")
     parser.add_argument("--export", type=Path, help="write the trained weights, recipe and curve to this folder")
-    parser.add_argument("--results", type=Path, help="write a results file, with a quick held-out evaluation, to this folder")
+    parser.add_argument(
+        "--results", type=Path, help="write a results file, with a quick held-out evaluation, to this folder"
+    )
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     try:

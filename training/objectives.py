@@ -1,0 +1,132 @@
+"""What is minimized: likelihood of the answer, optionally of the question, and KL to a teacher that reads a prompt."""
+
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from modeling_xcllama.context_cache import ContextCache, ProjectedContext
+from modeling_xcllama.context_encoding import pad_right
+from modeling_xcllama.cross_attention import ContextRows
+from modeling_xcllama.decoder_xcllama import XCLlamaModel
+from training.collator import Batch
+from training.recipe import Recipe
+
+
+@dataclass
+class Losses:
+    """Sums over the tokens of a batch.
+
+    Args:
+        objective: what is minimized.
+        answer: cross-entropy of the answer tokens.
+    """
+
+    objective: Tensor
+    answer: Tensor
+
+
+class Objective(nn.Module):
+    """A model and its loss, as one module that accelerate can wrap.
+
+    Args:
+        model: an `XCLlamaForCausalLM`, or a decoder (peft's too) that reads its prompt or nothing.
+        recipe: weights of the parts of the loss.
+        teacher: a frozen decoder that reads the passages in its prompt; needs batches with `teacher_ids`.
+    """
+
+    def __init__(self, model: nn.Module, recipe: Recipe, teacher: nn.Module | None = None):
+        super().__init__()
+        self.model = model
+        self.question_loss = recipe.optimization.question_loss
+        self.distillation = recipe.distillation
+        self.reads_context = recipe.method == "cross_attention"
+        self.autocast_dtype = torch.bfloat16 if recipe.optimization.precision == "bf16" else None
+        # not a submodule: it is neither trained nor saved
+        self._teacher = (teacher,)
+
+    def autocast(self) -> torch.autocast:
+        """The context in which the model runs: frozen weights are stored in 16 bits, trained ones in 32."""
+        device = next(self.parameters()).device.type
+        return torch.autocast(device, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None)
+
+    def forward(self, batch: Batch) -> Losses:
+        """The losses of a batch; logits are computed for the targets alone."""
+        with self.autocast():
+            return self._losses(batch)
+
+    def _losses(self, batch: Batch) -> Losses:
+        causal = _causal(self.model)
+        context = {"context_cache": self.context(batch)} if self.reads_context else {}
+        hidden = causal.model(
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, **context
+        ).last_hidden_state[:, :-1]
+        targets, answer = batch.input_ids[:, 1:], batch.answer_mask[:, 1:]
+        read = answer | batch.question_mask[:, 1:] if self.question_loss else answer
+        logits = causal.lm_head(hidden[read]).float()
+        losses = functional.cross_entropy(logits, targets[read], reduction="none")
+        of_answer = answer[read]
+        answer_loss = losses[of_answer].sum()
+        objective = answer_loss + self.question_loss * losses[~of_answer].sum() if self.question_loss else answer_loss
+        if self.distillation.weight:
+            objective = objective + self.distillation.weight * self._divergence(batch, logits[of_answer])
+        return Losses(objective, answer_loss)
+
+    def context(self, batch: Batch) -> ContextCache | ProjectedContext:
+        """What the rows of a batch read; with a gradient into the projections, and into a trained encoder."""
+        model = _causal(self.model).model
+        if batch.context_states is not None and model.config.context_layout == "hidden":
+            ids = batch.context_ids.int().cpu()
+            return ContextCache(
+                {"hidden": batch.context_states}, batch.offsets, ids, model.context_fingerprint(), batch.rows
+            )
+        # fingerprints of trained weights change with every step, so no cache is made of their states
+        states = encode_packed(model, batch) if batch.context_states is None else batch.context_states
+        tokens, rows = _joined(batch.offsets, batch.rows)
+        pairs = [projection(states) for projection in model.context_projections]
+        if tokens is not None:
+            pairs = [(key[tokens], value[tokens]) for key, value in pairs]
+        keys, values = zip(*pairs, strict=True)
+        return ProjectedContext(tuple(keys), tuple(values), rows, None)
+
+    @torch.no_grad()
+    def _teacher_logits(self, batch: Batch) -> Tensor:
+        causal = _causal(self._teacher[0])
+        hidden = causal.model(
+            input_ids=batch.teacher_ids, attention_mask=batch.teacher_attention_mask, use_cache=False
+        ).last_hidden_state[:, :-1]
+        return causal.lm_head(hidden[batch.teacher_answer_mask[:, 1:]]).float()
+
+    def _divergence(self, batch: Batch, logits: Tensor) -> Tensor:
+        """KL(teacher || student) summed over the answer tokens."""
+        temperature = self.distillation.temperature
+        teacher = functional.log_softmax(self._teacher_logits(batch) / temperature, -1)
+        student = functional.log_softmax(logits / temperature, -1)
+        return functional.kl_div(student, teacher, log_target=True, reduction="sum") * temperature**2
+
+
+def _causal(model: nn.Module) -> nn.Module:
+    """The causal language model itself, without peft's wrapper."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def encode_packed(model: XCLlamaModel, batch: Batch) -> Tensor:
+    """States `[num_tokens, width]` of the passages of a batch, with a gradient where the encoder is trained."""
+    spans = list(zip(batch.offsets[:-1], batch.offsets[1:], strict=True))
+    ids, mask = pad_right([batch.context_ids[start:end] for start, end in spans])
+    states = model._encode_batch(ids, mask)
+    return torch.cat([states[row, : end - start] for row, (start, end) in enumerate(spans)])
+
+
+def _joined(offsets: tuple[int, ...], rows: tuple[tuple[int, ...], ...]) -> tuple[Tensor | None, ContextRows]:
+    """Indices that put the passages of each distinct row back to back (None: they are), and where rows find them."""
+    distinct = list(dict.fromkeys(rows))
+    place = {row: position for position, row in enumerate(distinct)}
+    lengths = [sum(offsets[passage + 1] - offsets[passage] for passage in row) for row in distinct]
+    context_rows = ContextRows(tuple(accumulate(lengths, initial=0)), tuple(place[row] for row in rows))
+    order = [passage for row in distinct for passage in row]
+    if order == list(range(len(offsets) - 1)):
+        return None, context_rows
+    return torch.cat([torch.arange(offsets[passage], offsets[passage + 1]) for passage in order]), context_rows

@@ -1,0 +1,65 @@
+"""Token ids of prompts, answers and passages; the templates themselves are the processor's."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from modeling_xcllama import XCLlamaProcessor
+
+Turn = tuple[str, str]
+Encoded = tuple[list[int], slice]
+
+
+class Prompts:
+    """What the decoder and the encoder read.
+
+    Args:
+        processor: of the model; its tokenizer's chat template, where it has one, frames the questions.
+    """
+
+    def __init__(self, processor: XCLlamaProcessor):
+        self.processor, self.tokenizer = processor, processor.tokenizer
+        # ChatML ends a turn with its own token, base models with the end of the text
+        self.end_token_id = self.tokenizer.eos_token_id
+        self.pad_token_id = self.end_token_id if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
+
+    def prompt_ids(
+        self, question: str, history: Sequence[Turn] = (), passages: Sequence[str] | None = None
+    ) -> Encoded:
+        """(ids of the prompt, where the question stands in them); `passages` go in front of the question."""
+        text = question if passages is None else "\n\n".join([*passages, question])
+        prompt = self.processor.prompts([text], [list(history)])[0]
+        special = not self.tokenizer.chat_template
+        encoding = self.tokenizer(prompt, add_special_tokens=special, return_offsets_mapping=True, verbose=False)
+        start = prompt.rindex(question)
+        end = start + len(question)
+        inside = [
+            index for index, (first, last) in enumerate(encoding["offset_mapping"]) if start <= first < last <= end
+        ]
+        where = slice(inside[0], inside[-1] + 1) if inside else slice(0, 0)
+        return encoding["input_ids"], where
+
+    def answer_ids(self, answer: str) -> list[int]:
+        """Ids of an answer and the token that ends it."""
+        text = answer if self.tokenizer.chat_template else f" {answer}"
+        return [*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.end_token_id]
+
+    def context_ids(self, passage: str) -> list[int]:
+        """Ids of a passage, as the processor gives them to what encodes it."""
+        return self.processor(contexts=[passage])["context_input_ids"][0]
+
+    def left_padded(self, encoded: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
+        """Stack prompts for generation: ids and mask `[rows, longest]`."""
+        longest = max(map(len, encoded))
+        ids = torch.full((len(encoded), longest), self.pad_token_id)
+        mask = torch.zeros_like(ids)
+        for row, tokens in enumerate(encoded):
+            ids[row, longest - len(tokens) :] = torch.tensor(tokens)
+            mask[row, longest - len(tokens) :] = 1
+        return ids, mask
+
+    def decode(self, ids: list[int]) -> str:
+        """An answer as text: up to its end, first line."""
+        text = self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        return text.split("\n")[0].strip()
