@@ -45,7 +45,7 @@ def inspection_table(results: Path) -> str:
     """Markdown: registers, spills, shared memory and tensor core instructions of each kernel on each chip."""
     records = json.loads(results.read_text())["kernels"]
     lines = [
-        "| kernel | chip | data type | variants | registers | spilled bytes | shared bytes | tensor core instructions |",
+        "| kernel | chip | dtype | variants | registers | spilled bytes | shared bytes | tensor core instructions |",
         "|---|---|---|---|---|---|---|---|",
     ]
     groups: dict[tuple[str, str, str], list[dict]] = {}

@@ -1,7 +1,7 @@
 """Tile configurations: the first of a list is the default, the others are what `benchmark.py --tune` times.
 
-Chosen so that nothing spills and shared memory fits on sm_80, sm_90, sm_100 and gfx942; `inspect_kernels.py` checks all
-of them. float32 products run on the plain units (exact), so their tiles are small.
+Chosen so that nothing spills and shared memory fits on sm_80, sm_90, sm_100 and gfx942; `inspect_kernels.py` checks
+all of them. float32 products run on the plain units (exact), so their tiles are small.
 """
 
 import torch
@@ -38,12 +38,17 @@ def forward_configs(target: Target, dtype: torch.dtype, head_dim: int, bits: int
     return [Config(64, 32, 8, 2)] if _is_ampere(target) else [Config(64, 32, 4, 2)]
 
 
+def decode_rows(dtype: torch.dtype) -> int:
+    """Most rows of a decode tile."""
+    return 32 if dtype == torch.float32 else 128
+
+
 def decode_configs(target: Target, dtype: torch.dtype, head_dim: int, bits: int, block_m: int) -> list[Config]:
     """Candidates of `decode_kernel` for `block_m` rows."""
     size = _size(head_dim)
     warps = 8 if block_m == 128 else 4
     if dtype == torch.float32:
-        return [Config(min(block_m, 32), 32, 4, 1)]
+        return [Config(block_m, 16 if size == 256 else 32, 4, 1)]
     if target.backend == "hip":
         return [Config(block_m, 64 if size < 256 and block_m < 128 else 32, 4, 2 if size < 256 else 1)]
     if size == 256:
@@ -85,4 +90,4 @@ def projection_configs(target: Target, dtype: torch.dtype, bits: int) -> list[Co
         return [Config(32, 32, 4, 1)]
     if target.backend == "hip":
         return [Config(128, 64, 4, 2), Config(64, 64, 4, 2)]
-    return [Config(128, 64, 4, 3), Config(64, 64, 4, 3)]
+    return [Config(128, 128, 8, 3), Config(128, 64, 4, 3)]

@@ -13,11 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import decode_configs
+from .configs import decode_configs, decode_rows
 from .launch import Config, Launch, Target, block_dim, data_format, target_of
+from .reference import int4_group
 from .tiles import LN2, attend, context_bounds, load_rows, log_sum, narrow, store_rows
-
-MAX_ROWS = 128
 
 
 @triton.jit
@@ -122,7 +121,8 @@ def combine_kernel(
     live = tl.maximum(tl.cdiv(end - start, tl.maximum(size, 1)), 1)
     splits = tl.arange(0, BLOCK_S)
     lse_row = (row.to(tl.int64) * num_heads + head) * query_len + position
-    stride = batch.to(tl.int64) * query_len * num_heads
+    # an argument of 1 is a constant, which has no `.to`
+    stride = tl.cast(batch, tl.int64) * query_len * num_heads
     parts = tl.load(partial_lse + splits * stride + lse_row, mask=splits < live, other=-float("inf"))
     largest = tl.max(parts, 0)
     # keep the pivot finite: an empty context would give inf - inf
@@ -140,15 +140,29 @@ def combine_kernel(
     tl.store(lse + lse_row, log_sum(pivot, total) * LN2)
 
 
-def rows_a_tile(batch: int, num_contexts: int, query_len: int, group: int) -> int:
-    """Tile rows for the mean number of batch rows that share a context: a power of two from 16 to 128."""
+def rows_a_tile(batch: int, num_contexts: int, query_len: int, group: int, most: int) -> int:
+    """Tile rows for the mean number of batch rows that share a context: a power of two from 16 to `most`."""
     rows = query_len * group * triton.cdiv(batch, num_contexts)
-    return min(MAX_ROWS, max(16, triton.next_power_of_2(rows), triton.next_power_of_2(query_len * group)))
+    return min(most, max(16, triton.next_power_of_2(rows)))
 
 
-def choose_splits(target: Target, num_tiles: int, num_tokens: int, block_n: int) -> int:
-    """Splits that give each processor one program, none shorter than two tiles of the longest possible context."""
-    return max(1, min(target.num_processors // max(num_tiles, 1), num_tokens // (2 * block_n), 64))
+def choose_splits(target: Target, num_tiles: int, num_tokens: int, mean_bytes: float, partial_bytes: int) -> int:
+    """Splits that give each processor one program, unless the partial results would pass 1/32 of what is read.
+
+    Args:
+        num_tiles: programs of one split.
+        num_tokens: of all contexts together; no split is shorter than 64 of them.
+        mean_bytes: keys and values of one KV head of a mean context.
+        partial_bytes: what one split of one tile writes and the combine kernel reads.
+    """
+    most = int(mean_bytes / (32 * partial_bytes))
+    return max(1, min(target.num_processors // max(num_tiles, 1), num_tokens // 64, most, 64))
+
+
+def token_bytes(states: Tensor, bits: int) -> float:
+    """Bytes of one token and head, scales and zeros included."""
+    dim = states.shape[2]
+    return {0: dim * states.element_size(), 8: dim + 2, 4: dim + 4 * (2 * dim // int4_group(2 * dim))}[bits]
 
 
 def plan_decode(
@@ -173,11 +187,13 @@ def plan_decode(
     key_scale, key_zero, value_scale, value_zero = quantization
     bits = data_format(key_scale, key_zero)
     target = target or target_of(query.device)
-    block_m = rows_a_tile(batch, num_contexts, query_len, group)
+    block_m = rows_a_tile(batch, num_contexts, query_len, group, decode_rows(query.dtype))
     config = config or decode_configs(target, query.dtype, head_dim, bits, block_m)[0]
     mates = config.block_m // (query_len * group)
     num_tiles = num_kv_heads * max(min(batch, num_contexts), triton.cdiv(batch, mates))
-    num_splits = num_splits or choose_splits(target, num_tiles, num_tokens, config.block_n)
+    mean_bytes = num_tokens / num_contexts * (token_bytes(key, bits) + token_bytes(value, bits))
+    rows = query_len * group * min(mates, triton.cdiv(batch, num_contexts))
+    num_splits = num_splits or choose_splits(target, num_tiles, num_tokens, mean_bytes, rows * 8 * (head_dim + 2))
     partial, partial_lse = output, lse
     if num_splits > 1:
         partial = torch.empty(num_splits, *output.shape, dtype=torch.float32, device=query.device)

@@ -11,14 +11,13 @@ from torch import Tensor
 
 from .backward import plan_backward
 from .checks import check_attention, check_attention_shapes, check_projection
+from .configs import decode_rows
 from .decode import plan_decode
 from .forward import plan_forward
 from .launch import inner_contiguous
 from .project import plan_projection
 
 NAMESPACE = re.sub(r"\W", "_", __package__)
-# packed rows of one request and KV head up to which the context is split instead of the queries
-DECODE_ROWS = 64
 
 
 def _dense(tensor: Tensor | None) -> Tensor | None:
@@ -46,7 +45,9 @@ def cross_attention_op(
     batch, query_len, num_heads, _ = query.shape
     output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     lse = torch.empty(batch, num_heads, query_len, dtype=torch.float32, device=query.device)
-    plan = plan_decode if query_len * (num_heads // key.shape[1]) <= DECODE_ROWS else plan_forward
+    # short queries split the context, long ones are split themselves
+    packed_rows = query_len * (num_heads // key.shape[1])
+    plan = plan_decode if packed_rows <= decode_rows(query.dtype) // 2 else plan_forward
     launches = plan(
         inner_contiguous(query),
         inner_contiguous(key),

@@ -1,0 +1,145 @@
+"""Compile every kernel variant for every chip, with no GPU, and write what the binaries say.
+
+    python kernels/benchmarks/inspect_kernels.py --output results/kernels_inspect.json
+    python kernels/benchmarks/inspect_kernels.py --one-a-kernel --output /tmp/inspect.json
+
+Fails when anything spills, does not fit into shared memory, has a 16-bit product without tensor cores in its loop, or
+when decode asks for more than 1.05 times the bytes it must read. Run without TRITON_INTERPRET.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+import triton
+from ahead_of_time import TARGETS, inspect
+from traffic import CHIPS, Shape, decode_traffic, forward_traffic
+from variants import DTYPES, KERNELS, Variant, all_variants, attention_tensors, one_variant_a_kernel
+from xcllama_kernels.decode import plan_decode
+from xcllama_kernels.forward import plan_forward
+from xcllama_kernels.launch import INTERPRETED
+
+WITHOUT_PRODUCTS = ("combine_kernel", "inverse_rms_kernel")
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def problems(record: dict) -> list[str]:
+    """The rules that a record breaks."""
+    found = []
+    if record["spill_bytes"]:
+        found.append(f"spills {record['spill_bytes']} bytes")
+    if record["shared_bytes"] > record["shared_limit"]:
+        found.append(f"needs {record['shared_bytes']} bytes of shared memory, the limit is {record['shared_limit']}")
+    if record["dtype"] != "fp32" and record["kernel"] not in WITHOUT_PRODUCTS:
+        kinds = record["tensor_core_instructions_in_loops"]
+        if not kinds:
+            found.append("has no tensor core instruction in its loop")
+        # the rows of the product: query rows, or tokens where the tile holds tokens
+        rows = record["config"]["block_n" if record["kernel"] == "context_gradient_kernel" else "block_m"]
+        if record["target"] == "sm_90" and rows >= 64 and "wgmma" not in kinds:
+            found.append(f"has {rows} rows a tile but no wgmma in its loop")
+    if record["kernel"] == "decode_kernel" and record["bytes_requested"] > 1.05 * record["bytes_required"]:
+        found.append(f"requests {record['bytes_requested']} bytes, {record['bytes_required']} are required")
+    return found
+
+
+def inspect_variant(variant: Variant, target: str) -> dict[str, object]:
+    """One record of the results."""
+    config = variant.launch.config
+    record = {
+        "kernel": variant.kernel, "target": target, "dtype": variant.dtype, "bits": variant.bits,
+        "head_dim": variant.head_dim, "shape": variant.shape, "config": vars(config), "grid": variant.launch.grid,
+    }  # fmt: skip
+    record |= inspect(variant.launch, target)
+    tensor_cores = variant.dtype != "fp32"
+    record |= {
+        "bytes_required": variant.traffic.required,
+        "bytes_requested": variant.traffic.requested,
+        "operations": variant.traffic.operations,
+        "roofline_us": {chip: variant.traffic.roofline_us(chip, tensor_cores) for chip in CHIPS},
+    }
+    return record | {"problems": problems(record)}
+
+
+def rooflines() -> list[dict[str, object]]:
+    """Least time of decode (one new token) and prefill (512) for each batch, context and number of heads."""
+    table = []
+    for heads in ((32, 32), (32, 8), (9, 3)):
+        head_dim = 64 if heads == (9, 3) else 128
+        for batch in (1, 8, 64):
+            for context_len in (1024, 8192, 65536):
+                for bits in (0, 8, 4):
+                    row = {"batch": batch, "context": context_len, "heads": heads, "head_dim": head_dim, "bits": bits}
+                    for kind, query_len in (("decode", 1), ("forward", 512)):
+                        shape = Shape(batch, batch, context_len, query_len, *heads, head_dim)
+                        tensors = attention_tensors(shape, DTYPES["bf16"], bits)
+                        plan = plan_decode if kind == "decode" else plan_forward
+                        launches = plan(**tensors, target=TARGETS["sm_90"])
+                        decode = kind == "decode"
+                        traffic = decode_traffic(launches, shape) if decode else forward_traffic(launches[0], shape)
+                        row[f"{kind}_us"] = {chip: traffic.roofline_us(chip, True) for chip in CHIPS}
+                    table.append(row)
+    return table
+
+
+def provenance() -> dict[str, object]:
+    """Where, when and with what the run was made."""
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    changed = subprocess.run(["git", "status", "--short", "kernels"], cwd=ROOT, capture_output=True, text=True).stdout
+    return {
+        "command": shlex.join(["python", "kernels/benchmarks/inspect_kernels.py", *sys.argv[1:]]),
+        "commit": commit or None,
+        "uncommitted_changes": bool(changed),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, no GPU used",
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__},
+        "seed": None,
+    }
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".json", delete=False) as file:
+        json.dump(content, file, indent=1)
+        file.write("\n")
+    os.replace(file.name, path)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=list(TARGETS))
+    parser.add_argument("--kernels", nargs="+", default=list(KERNELS), choices=KERNELS)
+    parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES))
+    parser.add_argument("--one-a-kernel", action="store_true", help="the default configuration in bf16 only")
+    arguments = parser.parse_args()
+    if INTERPRETED:
+        raise ValueError("nothing is compiled under TRITON_INTERPRET=1; unset it.")
+    start, records = time.monotonic(), []
+    for target in arguments.targets:
+        choose = one_variant_a_kernel if arguments.one_a_kernel else all_variants
+        for variant in choose(TARGETS[target]):
+            if variant.kernel in arguments.kernels and variant.dtype in arguments.dtypes:
+                records.append(inspect_variant(variant, target))
+                if records[-1]["problems"]:
+                    print({name: records[-1][name] for name in ("kernel", "target", "dtype", "bits", "head_dim")})
+                    print("   ", records[-1]["config"], records[-1]["problems"], flush=True)
+    broken = sum(bool(record["problems"]) for record in records)
+    run = provenance() | {"seconds": round(time.monotonic() - start, 1), "num_kernels": len(records), "broken": broken}
+    write_json(arguments.output, run | {"kernels": records, "rooflines": rooflines()})
+    print(f"{len(records)} variants compiled, {broken} break a rule; wrote {arguments.output}")
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,160 @@
+"""Every variant of every kernel as launches planned on meta tensors: what `inspect_kernels.py` compiles."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from traffic import (
+    Shape,
+    Traffic,
+    combine_traffic,
+    context_gradient_traffic,
+    decode_traffic,
+    forward_traffic,
+    projection_traffic,
+    query_gradient_traffic,
+)
+from xcllama_kernels import configs
+from xcllama_kernels.backward import plan_backward
+from xcllama_kernels.decode import plan_decode, rows_a_tile
+from xcllama_kernels.forward import plan_forward
+from xcllama_kernels.launch import Launch, Target
+from xcllama_kernels.project import plan_projection
+
+HEAD_DIMS = (64, 128, 256)
+BITS = (0, 8, 4)
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# requests with a context each, and many requests that share one
+DECODE_SHAPES = ((8, 8, 4096), (32, 1, 8192), (1, 1, 16384))
+KERNELS = (
+    "forward_kernel",
+    "decode_kernel",
+    "combine_kernel",
+    "query_gradient_kernel",
+    "context_gradient_kernel",
+    "inverse_rms_kernel",
+    "project_kernel",
+)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One launch to compile, with what it is for."""
+
+    launch: Launch
+    traffic: Traffic
+    dtype: str
+    bits: int
+    head_dim: int | None
+    shape: dict[str, int]
+
+    @property
+    def kernel(self) -> str:
+        return self.launch.kernel.__name__
+
+
+def meta(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def attention_tensors(shape: Shape, dtype: torch.dtype, bits: int) -> dict[str, object]:
+    """Arguments that the planning functions of attention share."""
+    num_tokens = shape.contexts * shape.context_len
+    heads = (num_tokens, shape.num_kv_heads)
+    query = meta(shape.batch, shape.query_len, shape.num_heads, shape.head_dim, dtype=dtype)
+    stored = {0: dtype, 8: torch.int8, 4: torch.uint8}[bits]
+    key, value = (meta(*heads, shape.head_dim // (2 if bits == 4 else 1), dtype=stored) for _ in range(2))
+    quantization = (None,) * 4
+    if bits == 8:
+        quantization = (meta(*heads, dtype=torch.float16), None) * 2
+    elif bits == 4:
+        quantization = (meta(*heads, shape.head_dim // min(shape.head_dim, 64), dtype=torch.float16),) * 4
+    return {
+        "query": query, "key": key, "value": value, "quantization": quantization,
+        "offsets": meta(shape.contexts + 1, dtype=torch.int32), "context_index": meta(shape.batch, dtype=torch.int32),
+        "output": torch.empty_like(query), "scale": shape.head_dim**-0.5,
+        "lse": meta(shape.batch, shape.num_heads, shape.query_len, dtype=torch.float32),
+    }  # fmt: skip
+
+
+def forward_variants(target: Target, name: str, bits: int, head_dim: int) -> Iterator[Variant]:
+    shape = Shape(8, 8, 4096, 512, 32, 8, head_dim)
+    tensors = attention_tensors(shape, DTYPES[name], bits)
+    for config in configs.forward_configs(target, DTYPES[name], head_dim, bits):
+        (launch,) = plan_forward(**tensors, target=target, config=config)
+        yield Variant(launch, forward_traffic(launch, shape), name, bits, head_dim, vars(shape))
+
+
+def decode_variants(target: Target, name: str, bits: int, head_dim: int) -> Iterator[Variant]:
+    dtype = DTYPES[name]
+    for batch, contexts, context_len in DECODE_SHAPES:
+        shape = Shape(batch, contexts, context_len, 1, 32, 8, head_dim)
+        tensors = attention_tensors(shape, dtype, bits)
+        block_m = rows_a_tile(batch, contexts, 1, 4, configs.decode_rows(dtype))
+        candidates = configs.decode_configs(target, dtype, head_dim, bits, block_m)
+        for config in candidates if contexts == batch == 8 else candidates[:1]:
+            launches = plan_decode(**tensors, target=target, config=config)
+            yield Variant(launches[0], decode_traffic(launches, shape), name, bits, head_dim, vars(shape))
+            if len(launches) == 2 and bits == 0 and contexts == 1:
+                yield Variant(launches[1], combine_traffic(launches, shape), name, bits, head_dim, vars(shape))
+
+
+def backward_variants(target: Target, name: str, head_dim: int) -> Iterator[Variant]:
+    shape = Shape(8, 8, 4096, 512, 32, 8, head_dim)
+    tensors = attention_tensors(shape, DTYPES[name], 0)
+    del tensors["quantization"]
+    tensors |= {"grad_output": tensors["query"], "grad_lse": None}
+    gradients = (tensors["query"], tensors["key"], tensors["value"])
+    by_query = configs.query_gradient_configs(target, DTYPES[name], head_dim)
+    by_context = configs.context_gradient_configs(target, DTYPES[name], head_dim)
+    for config in by_query:
+        launch = plan_backward(**tensors, gradients=gradients, target=target, configs=(config, by_context[0]))[0]
+        yield Variant(launch, query_gradient_traffic(launch, shape), name, 0, head_dim, vars(shape))
+    for config in by_context:
+        launch = plan_backward(**tensors, gradients=gradients, target=target, configs=(by_query[0], config))[1]
+        yield Variant(launch, context_gradient_traffic(launch, shape), name, 0, head_dim, vars(shape))
+
+
+def projection_variants(target: Target, name: str, bits: int) -> Iterator[Variant]:
+    dtype = DTYPES[name]
+    num_tokens, heads, columns = 8192, 64, 2048
+    scale = meta(num_tokens, heads, *(() if bits == 8 else (1,)), dtype=torch.float16)
+    states = meta(num_tokens, heads, 64 if bits == 8 else 32, dtype=torch.int8 if bits == 8 else torch.uint8)
+    zero = None if bits == 8 else scale
+    weight, norm_weight = meta(columns, 64 * heads, dtype=dtype), meta(64 * heads, dtype=dtype)
+    output = meta(num_tokens, columns, dtype=dtype)
+    shape = {"num_tokens": num_tokens, "width": 64 * heads, "columns": columns}
+    for number, config in enumerate(configs.projection_configs(target, dtype, bits)):
+        launches = plan_projection(
+            states, scale, zero, weight, None, norm_weight, 1e-5, output, target=target, config=config
+        )
+        for launch in launches if number == 0 else launches[1:]:
+            yield Variant(launch, projection_traffic(launch), name, bits, None, shape)
+
+
+def all_variants(target: Target) -> Iterator[Variant]:
+    """Every kernel and configuration in bf16 and fp32 for head sizes 64, 128 and 256; fp16 for 128."""
+    for name in DTYPES:
+        for head_dim in HEAD_DIMS if name != "fp16" else (128,):
+            for bits in BITS:
+                yield from forward_variants(target, name, bits, head_dim)
+                yield from decode_variants(target, name, bits, head_dim)
+            yield from backward_variants(target, name, head_dim)
+        for bits in BITS[1:]:
+            yield from projection_variants(target, name, bits)
+
+
+def one_variant_a_kernel(target: Target) -> list[Variant]:
+    """The default configuration of each kernel in bf16 for head size 64: what continuous integration compiles."""
+    found: dict[str, Variant] = {}
+    candidates = [
+        forward_variants(target, "bf16", 4, 64),
+        decode_variants(target, "bf16", 0, 64),
+        backward_variants(target, "bf16", 64),
+        projection_variants(target, "bf16", 8),
+    ]
+    for variants in candidates:
+        for variant in variants:
+            found.setdefault(variant.kernel, variant)
+    return [found[kernel] for kernel in KERNELS]
