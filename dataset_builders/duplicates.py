@@ -39,7 +39,8 @@ class ContextIndex:
 
     def __init__(self):
         self._signatures: dict[str, MinHash] = {}
-        self._index = MinHashLSH(threshold=THRESHOLD, num_perm=NUM_PERMUTATIONS)
+        # rather too many candidates than too few: each is compared before it counts
+        self._index = MinHashLSH(threshold=THRESHOLD, num_perm=NUM_PERMUTATIONS, weights=(0.1, 0.9))
         self._recent: OrderedDict[str, tuple[Match, ...]] = OrderedDict()
 
     def __len__(self) -> int:

@@ -26,8 +26,7 @@ def ordered_map(
     initargs: tuple[Any, ...],
 ) -> Iterator[Result]:
     """`function` of each item, in order, computed by `num_proc` processes, at most two items ahead for each."""
-    # spawned, not forked: the caller may have threads (fsspec has)
-    context = multiprocessing.get_context("spawn")
+    context = _context()
     with ProcessPoolExecutor(num_proc, context, initializer, initargs) as pool:
         waiting = deque()
         try:
@@ -40,6 +39,16 @@ def ordered_map(
         finally:
             for future in waiting:
                 future.cancel()
+
+
+def _context() -> multiprocessing.context.BaseContext:
+    """Processes that are not forked from this one, which may have threads (fsspec has), but from a clean one."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    # imported once, not once a worker
+    context.set_forkserver_preload(["dataset_builders.reading"])
+    return context
 
 
 def check_num_proc(num_proc: int) -> int:

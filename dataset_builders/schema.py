@@ -143,6 +143,7 @@ def validate_row(row: Row) -> Row:
         raise RecordError("answerable", f"must be true or false, got {row['answerable']!r}")
     _validate_contexts(row)
     _validate_answers(row)
+    _validate_unicode(row)
     return row
 
 
@@ -177,3 +178,15 @@ def _validate_answers(row: Row) -> None:
         raise RecordError("answers", f"must start with `answer` ({answer!r}) and hold no empty text, got {answers}")
     if row["answerable"] == (answer == NO_ANSWER):
         raise RecordError("answerable", f"is {row['answerable']}, which contradicts the answer {answer!r}")
+
+
+def _validate_unicode(row: Row) -> None:
+    turns = [text for turn in row["history"] for text in turn.values()]
+    texts = {name: [row[name]] for name in _STRINGS} | {name: row[name] for name in _STRING_LISTS} | {"history": turns}
+    for name, values in texts.items():
+        for value in values:
+            try:
+                # escapes such as \ud800 are valid JSON, but no text
+                value.encode()
+            except UnicodeEncodeError as error:
+                raise RecordError(name, f"holds half a surrogate pair at character {error.start}") from None

@@ -245,6 +245,7 @@ GOOD = make_row("rows", "a", "Why?", ["Because.", "Else."], ["Because"], useful=
         ({"answerable": False}, "`answerable` is False, which contradicts the answer 'Because'"),
         ({"answerable": 1}, "`answerable` must be true or false, got 1"),
         ({"question": ""}, "`question` is empty, so"),
+        ({"question": "Why\ud800?"}, "`question` holds half a surrogate pair at character 3"),
     ],
 )  # fmt: skip
 def test_rows_that_break_the_schema(change, message):
