@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-slow lint style models clean
+.PHONY: demo test test-slow lint style models kernels-inspect clean
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -18,10 +18,10 @@ demo: models
 	$(BIN)/python scripts/demo.py
 
 test: models
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q
 
 test-slow: models
-	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q -m slow
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q -m slow
 
 lint: .venv/.installed
 	$(BIN)/ruff check .
@@ -30,6 +30,9 @@ lint: .venv/.installed
 style: .venv/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+kernels-inspect: .venv/.installed
+	$(BIN)/python kernels/benchmarks/inspect_kernels.py --output results/kernels_inspect.json
 
 clean:
 	rm -rf .venv build dist *.egg-info

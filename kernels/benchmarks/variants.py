@@ -25,8 +25,6 @@ from xcllama_kernels.project import plan_projection
 HEAD_DIMS = (64, 128, 256)
 BITS = (0, 8, 4)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# requests with a context each, and many requests that share one
-DECODE_SHAPES = ((8, 8, 4096), (32, 1, 8192), (1, 1, 16384))
 KERNELS = (
     "forward_kernel",
     "decode_kernel",
@@ -88,12 +86,14 @@ def forward_variants(target: Target, name: str, bits: int, head_dim: int) -> Ite
 
 def decode_variants(target: Target, name: str, bits: int, head_dim: int) -> Iterator[Variant]:
     dtype = DTYPES[name]
-    for batch, contexts, context_len in DECODE_SHAPES:
+    most = configs.decode_rows(dtype, head_dim)
+    # requests with a context each, as many that share one as fit into a tile, and one alone
+    for batch, contexts, context_len in ((8, 8, 4096), (most // 4, 1, 8192), (1, 1, 16384)):
         shape = Shape(batch, contexts, context_len, 1, 32, 8, head_dim)
         tensors = attention_tensors(shape, dtype, bits)
-        block_m = rows_a_tile(batch, contexts, 1, 4, configs.decode_rows(dtype))
+        block_m = rows_a_tile(batch, contexts, 1, 4, most)
         candidates = configs.decode_configs(target, dtype, head_dim, bits, block_m)
-        for config in candidates if contexts == batch == 8 else candidates[:1]:
+        for config in candidates if contexts == 8 else candidates[:1]:
             launches = plan_decode(**tensors, target=target, config=config)
             yield Variant(launches[0], decode_traffic(launches, shape), name, bits, head_dim, vars(shape))
             if len(launches) == 2 and bits == 0 and contexts == 1:

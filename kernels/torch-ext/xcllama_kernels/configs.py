@@ -29,8 +29,10 @@ def forward_configs(target: Target, dtype: torch.dtype, head_dim: int, bits: int
             128: [Config(128, 64, 4, 1), Config(64, 64, 4, 1)],
             256: [Config(64, 32, 4, 1)],
         }[size]
+    if _is_ampere(target) and bits:
+        return [Config(32, 32, 4, 1)] if size == 256 else [Config(64, 32, 4, 2)]
     if size == 64:
-        return [Config(128, 64, 8, 3), Config(128, 64, 8, 2), Config(64, 32, 4, 3)]
+        return [Config(128, 64, 8, 3), Config(64, 32, 4, 3)]
     if size == 128:
         if _is_ampere(target):
             return [Config(128, 32, 8, 3), Config(64, 32, 4, 2)]
@@ -38,9 +40,9 @@ def forward_configs(target: Target, dtype: torch.dtype, head_dim: int, bits: int
     return [Config(64, 32, 8, 2)] if _is_ampere(target) else [Config(64, 32, 4, 2)]
 
 
-def decode_rows(dtype: torch.dtype) -> int:
+def decode_rows(dtype: torch.dtype, head_dim: int) -> int:
     """Most rows of a decode tile."""
-    return 32 if dtype == torch.float32 else 128
+    return 32 if dtype == torch.float32 else 64 if head_dim > 128 else 128
 
 
 def decode_configs(target: Target, dtype: torch.dtype, head_dim: int, bits: int, block_m: int) -> list[Config]:
@@ -51,8 +53,8 @@ def decode_configs(target: Target, dtype: torch.dtype, head_dim: int, bits: int,
         return [Config(block_m, 16 if size == 256 else 32, 4, 1)]
     if target.backend == "hip":
         return [Config(block_m, 64 if size < 256 and block_m < 128 else 32, 4, 2 if size < 256 else 1)]
-    if size == 256:
-        return [Config(block_m, 32, warps, 2)]
+    if size == 256 or (_is_ampere(target) and block_m == 128 and bits):
+        return [Config(block_m, 32, 8 if block_m >= 64 else 4, 2)]
     return [Config(block_m, 64, warps, 3), Config(block_m, 32, warps, 4)]
 
 

@@ -187,7 +187,7 @@ def plan_decode(
     key_scale, key_zero, value_scale, value_zero = quantization
     bits = data_format(key_scale, key_zero)
     target = target or target_of(query.device)
-    block_m = rows_a_tile(batch, num_contexts, query_len, group, decode_rows(query.dtype))
+    block_m = rows_a_tile(batch, num_contexts, query_len, group, decode_rows(query.dtype, head_dim))
     config = config or decode_configs(target, query.dtype, head_dim, bits, block_m)[0]
     mates = config.block_m // (query_len * group)
     num_tiles = num_kv_heads * max(min(batch, num_contexts), triton.cdiv(batch, mates))

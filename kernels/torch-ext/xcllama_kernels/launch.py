@@ -6,9 +6,10 @@ from functools import cache
 
 import torch
 import triton
+import triton.language as tl
 
-# chosen by TRITON_INTERPRET=1 when triton is imported: kernels then run in numpy, on CPU tensors
-INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
+# TRITON_INTERPRET=1 when triton was imported, which its own functions show: kernels run in numpy, on CPU tensors
+INTERPRETED: bool = not isinstance(tl.cdiv, triton.JITFunction)
 
 # launches of each kernel in this process, for tests and profiles: `launch_counts["decode_kernel"]`
 launch_counts: Counter[str] = Counter()

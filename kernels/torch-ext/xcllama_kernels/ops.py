@@ -47,7 +47,7 @@ def cross_attention_op(
     lse = torch.empty(batch, num_heads, query_len, dtype=torch.float32, device=query.device)
     # short queries split the context, long ones are split themselves
     packed_rows = query_len * (num_heads // key.shape[1])
-    plan = plan_decode if packed_rows <= decode_rows(query.dtype) // 2 else plan_forward
+    plan = plan_decode if packed_rows <= decode_rows(query.dtype, query.shape[3]) // 2 else plan_forward
     launches = plan(
         inner_contiguous(query),
         inner_contiguous(key),

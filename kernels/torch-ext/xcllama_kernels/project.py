@@ -50,11 +50,17 @@ def load_chunk(
         high = low
     else:
         channel = head * DIM + first
-        high_group = (first + STORED) // GROUP
-        low = (raw & 15).to(tl.float32) * load_factor(scale, factors + low_group, valid)
-        low = tl.where(inside[None, :], low + load_factor(zero, factors + low_group, valid), 0.0)
-        high = (raw >> 4).to(tl.float32) * load_factor(scale, factors + high_group, valid)
-        high = tl.where(inside[None, :], high + load_factor(zero, factors + high_group, valid), 0.0)
+        low_scale = load_factor(scale, factors + low_group, valid)
+        low_zero = load_factor(zero, factors + low_group, valid)
+        if GROUPS == 1:
+            high_scale = low_scale
+            high_zero = low_zero
+        else:
+            high_group = (first + STORED) // GROUP
+            high_scale = load_factor(scale, factors + high_group, valid)
+            high_zero = load_factor(zero, factors + high_group, valid)
+        low = tl.where(inside[None, :], (raw & 15).to(tl.float32) * low_scale + low_zero, 0.0)
+        high = tl.where(inside[None, :], (raw >> 4).to(tl.float32) * high_scale + high_zero, 0.0)
     return low, high, channel, inside
 
 

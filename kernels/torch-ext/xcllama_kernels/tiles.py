@@ -96,10 +96,16 @@ def load_states(
     else:
         HALF: tl.constexpr = HEAD_DIM // 2
         pairs = load_rows(base, rows, valid, HALF, BLOCK_D)
-        low = (pairs & 15).to(tl.float32) * load_group(scale, heads, valid, 0, HEAD_DIM, HALF, BLOCK_D)
-        low = narrow(low + load_group(zero, heads, valid, 0, HEAD_DIM, HALF, BLOCK_D), dtype)
-        high = (pairs >> 4).to(tl.float32) * load_group(scale, heads, valid, HALF, HEAD_DIM, HALF, BLOCK_D)
-        high = narrow(high + load_group(zero, heads, valid, HALF, HEAD_DIM, HALF, BLOCK_D), dtype)
+        low_scale = load_group(scale, heads, valid, 0, HEAD_DIM, HALF, BLOCK_D)
+        low_zero = load_group(zero, heads, valid, 0, HEAD_DIM, HALF, BLOCK_D)
+        if HEAD_DIM <= 64:
+            high_scale = low_scale
+            high_zero = low_zero
+        else:
+            high_scale = load_group(scale, heads, valid, HALF, HEAD_DIM, HALF, BLOCK_D)
+            high_zero = load_group(zero, heads, valid, HALF, HEAD_DIM, HALF, BLOCK_D)
+        low = narrow((pairs & 15).to(tl.float32) * low_scale + low_zero, dtype)
+        high = narrow((pairs >> 4).to(tl.float32) * high_scale + high_zero, dtype)
     return low, high
 
 

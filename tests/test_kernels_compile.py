@@ -1,0 +1,65 @@
+"""One configuration of every kernel compiles ahead of time for every chip and keeps the rules of the inspection."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parent.parent / "kernels" / "benchmarks" / "inspect_kernels.py"
+KERNELS = {
+    "forward_kernel", "decode_kernel", "combine_kernel", "query_gradient_kernel", "context_gradient_kernel",
+    "inverse_rms_kernel", "project_kernel",
+}  # fmt: skip
+
+
+def run(*arguments: str, cwd: Path, interpreted: bool = False) -> subprocess.CompletedProcess:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    if interpreted:
+        environment["TRITON_INTERPRET"] = "1"
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), *arguments], env=environment, capture_output=True, text=True, cwd=cwd
+    )
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_one_configuration_of_every_kernel(target, tmp_path):
+    result = run("--one-a-kernel", "--targets", target, "--output", "inspect.json", cwd=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr[-2000:]
+    content = json.loads((tmp_path / "inspect.json").read_text())
+    assert {record["kernel"] for record in content["kernels"]} == KERNELS
+    for record in content["kernels"]:
+        assert record["problems"] == []
+        assert record["spill_bytes"] == 0
+        assert 0 < record["registers"] <= 512
+        assert 0 < record["occupancy"] <= 1
+        assert record["bytes_required"] <= record["bytes_requested"]
+        assert set(record["roofline_us"]) == {"H100", "MI300X"}
+    by_kernel = {record["kernel"]: record for record in content["kernels"]}
+    instruction = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}[target]
+    assert by_kernel["forward_kernel"]["tensor_core_instructions_in_loops"][instruction] > 0
+    assert by_kernel["decode_kernel"]["tensor_core_instructions_in_loops"]
+
+
+def test_nothing_is_compiled_under_the_interpreter(tmp_path):
+    result = run("--one-a-kernel", "--output", "inspect.json", cwd=tmp_path, interpreted=True)
+    assert "unset it" in result.stderr
+    assert not (tmp_path / "inspect.json").exists()
+
+
+def test_committed_table_keeps_the_rules():
+    """The whole table, from `make kernels-inspect`."""
+    content = json.loads((SCRIPT.parent.parent.parent / "results" / "kernels_inspect.json").read_text())
+    assert content["commit"]
+    assert content["command"]
+    records = content["kernels"]
+    assert {record["kernel"] for record in records} == KERNELS
+    assert {record["target"] for record in records} == {"sm_80", "sm_90", "sm_100", "gfx942"}
+    assert {record["dtype"] for record in records} == {"bf16", "fp16", "fp32"}
+    for record in records:
+        assert record["spill_bytes"] == 0
+        assert record["shared_bytes"] <= record["shared_limit"]
+        if record["kernel"] == "decode_kernel":
+            assert record["bytes_requested"] <= 1.05 * record["bytes_required"]
