@@ -1,0 +1,381 @@
+"""The catalogue of one namespace: which documents there are, where their states lie, and their texts (FTS5)."""
+
+import json
+import os
+import sqlite3
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from .locations import Location, Locations
+from .schema import CATALOGUE_NAME, FORMAT, FORMAT_VERSION, SCHEMA, check_meta, connect, sync_folder
+
+FOREVER = float("inf")
+_INHERITED: list[sqlite3.Connection] = []
+REMOVALS_KEPT = 100_000
+
+
+@dataclass(frozen=True)
+class NewDocument:
+    """A document about to be committed; `start` and `tokens` count tokens in its shard."""
+
+    id: str
+    text: str
+    content_hash: str
+    metadata: dict
+    start: int
+    tokens: int
+    nbytes: int
+    checksum: bytes
+    expires: float = FOREVER
+
+
+class StoredDocument(NamedTuple):
+    """A document of the catalogue: its number, and where it lies in its shard."""
+
+    number: int
+    id: str
+    start: int
+    tokens: int
+    checksum: bytes
+
+
+def pieces(values: Sequence, size: int = 500) -> Iterator[Sequence]:
+    """Slices small enough for one SQL statement's parameters."""
+    return (values[start : start + size] for start in range(0, len(values), size))
+
+
+def marks(values: Sequence) -> str:
+    """Placeholders of an IN list."""
+    return ",".join("?" * len(values))
+
+
+class Catalogue:
+    """The SQLite file of a namespace's folder, and the locations of its documents in memory.
+
+    Every method may be called from several threads; processes share the file.
+
+    Raises:
+        ValueError: no store, or one of a newer format.
+        FileNotFoundError: `read_only` and there is none.
+    """
+
+    def __init__(self, folder: Path, read_only: bool, meta: dict[str, str] | None = None):
+        self.path = folder / CATALOGUE_NAME
+        self.read_only = read_only
+        if read_only and not self.path.is_file():
+            raise FileNotFoundError(f"no context store at {self.path}.")
+        try:
+            self._open()
+            if meta is not None and not read_only:
+                self._create(meta)
+            self.meta = dict(self.rows("SELECT key, value FROM meta"))
+        except sqlite3.DatabaseError as error:
+            raise ValueError(f"{self.path} is no context store: {error}.") from error
+        check_meta(self.meta, self.path)
+
+    def _open(self) -> None:
+        self._pid = os.getpid()
+        self._lock = threading.RLock()
+        self._connection = connect(self.path, self.read_only)
+        self.locations = Locations()
+        self._version, self._data_version = -1, None
+
+    def _create(self, meta: dict[str, str]) -> None:
+        with self.transaction() as connection:
+            if connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'meta'").fetchone():
+                return
+            # `executescript` would commit: a store that a crash cut in half must not exist
+            statement = ""
+            for line in SCHEMA.splitlines():
+                statement += line + "\n"
+                if sqlite3.complete_statement(statement):
+                    connection.execute(statement)
+                    statement = ""
+            fields = {"format": FORMAT, "format_version": str(FORMAT_VERSION), "version": "0", "removed_floor": "0"}
+            connection.executemany("INSERT INTO meta VALUES (?, ?)", list((fields | meta).items()))
+        sync_folder(self.path.parent)
+
+    @property
+    def lock(self) -> threading.RLock:
+        """Guards the connection; a forked child gets its own of both."""
+        if self._pid != os.getpid():
+            # closing an inherited connection could disturb the parent's: it is left alone
+            _INHERITED.append(self._connection)
+            self._open()
+        return self._lock
+
+    def close(self) -> None:
+        """Close the connection."""
+        with self.lock:
+            self._connection.close()
+
+    @contextmanager
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """All or nothing, one writer at a time, on disk when it ends.
+
+        Raises:
+            OSError: the disk is full, or the file cannot be written.
+        """
+        if self.read_only:
+            raise ValueError(f"{self.path.parent} is open read-only; open it with `read_only=False` to change it.")
+        with self.lock:
+            connection = self._connection
+            try:
+                connection.execute("BEGIN IMMEDIATE")
+                yield connection
+                connection.execute("COMMIT")
+                # this connection's own changes do not move `data_version`
+                self._data_version = None
+            except BaseException as error:
+                if connection.in_transaction:
+                    connection.execute("ROLLBACK")
+                if isinstance(error, sqlite3.OperationalError):
+                    raise OSError(f"{self.path} could not be written: {error}.") from error
+                raise
+
+    def set_meta(self, key: str, value: str) -> None:
+        """Change an entry of the store's description."""
+        with self.transaction() as connection:
+            connection.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
+        self.meta[key] = value
+
+    def rows(self, query: str, values: Sequence = ()) -> list[tuple]:
+        """The rows of a query."""
+        with self.lock:
+            return self._connection.execute(query, values).fetchall()
+
+    # locations
+
+    def refresh(self) -> None:
+        """Take over what any process committed since the last call."""
+        with self.lock:
+            connection = self._connection
+            data_version = connection.execute("PRAGMA data_version").fetchone()[0]
+            if data_version == self._data_version:
+                return
+            connection.execute("BEGIN")
+            try:
+                meta = dict(
+                    connection.execute("SELECT key, value FROM meta WHERE key IN ('version', 'removed_floor')")
+                )
+                if int(meta["removed_floor"]) > self._version >= 0:
+                    self.locations, self._version = Locations(), -1
+                if self._version >= 0:
+                    for (gone,) in connection.execute("SELECT id FROM removed WHERE version > ?", (self._version,)):
+                        self.locations.set(gone, None)
+                for row in connection.execute(
+                    "SELECT id, document, shard, start, tokens, expires FROM documents WHERE version > ?",
+                    (self._version,),
+                ):
+                    self.locations.set(row[0], Location(*row[1:]))
+                self._version, self._data_version = int(meta["version"]), data_version
+            finally:
+                connection.execute("COMMIT")
+
+    def locate(self, document_id: str) -> Location | None:
+        """Where a document lies as of the last `refresh`; None if there is none."""
+        return self.locations.get(document_id)
+
+    # documents
+
+    def known(self, ids: Sequence[str]) -> dict[str, tuple[str, int, str, float]]:
+        """(content hash, damaged, metadata, expires) of those `ids` that the catalogue has."""
+        found = {}
+        with self.lock:
+            for part in pieces(ids):
+                rows = self._connection.execute(
+                    f"SELECT id, content_hash, damaged, metadata, expires FROM documents WHERE id IN ({marks(part)})",
+                    part,
+                )
+                found |= {row[0]: row[1:] for row in rows}
+        return found
+
+    def checksums(self, documents: Sequence[int]) -> dict[int, tuple[bytes, str, int]]:
+        """(checksum, id, damaged) of documents by their numbers."""
+        found = {}
+        with self.lock:
+            for part in pieces(documents):
+                query = f"SELECT document, checksum, id, damaged FROM documents WHERE document IN ({marks(part)})"
+                found |= {row[0]: row[1:] for row in self._connection.execute(query, part)}
+        return found
+
+    def text(self, document_id: str) -> tuple[str, dict, float] | None:
+        """Text, metadata and expiry of a document."""
+        with self.lock:
+            row = self._connection.execute(
+                "SELECT text, metadata, expires FROM documents JOIN texts USING (document) WHERE id = ?",
+                (document_id,),
+            ).fetchone()
+        return row and (row[0], json.loads(row[1]), row[2])
+
+    def next_version(self, connection: sqlite3.Connection) -> int:
+        """A number above that of every earlier change."""
+        connection.execute("UPDATE meta SET value = value + 1 WHERE key = 'version'")
+        return int(connection.execute("SELECT value FROM meta WHERE key = 'version'").fetchone()[0])
+
+    def remove(self, connection: sqlite3.Connection, ids: Sequence[str], version: int) -> None:
+        """Delete documents; readers drop them at their next `refresh`."""
+        for part in pieces(ids):
+            connection.execute(f"DELETE FROM documents WHERE id IN ({marks(part)})", part)
+        connection.executemany("INSERT INTO removed VALUES (?, ?)", [(version, document_id) for document_id in ids])
+        floor = connection.execute(
+            "SELECT version FROM removed ORDER BY version DESC LIMIT 1 OFFSET ?", (REMOVALS_KEPT,)
+        ).fetchone()
+        if floor:
+            connection.execute("DELETE FROM removed WHERE version <= ?", floor)
+            connection.execute("UPDATE meta SET value = ? WHERE key = 'removed_floor'", (str(floor[0]),))
+
+    def commit(self, name: str, nbytes: int, header_checksum: bytes, documents: Sequence[NewDocument]) -> int:
+        """Enter a shard that is on disk and its documents; returns how many others of the same ids they replace."""
+        now = time.time()
+        with self.transaction() as connection:
+            version = self.next_version(connection)
+            connection.execute("DELETE FROM shards WHERE name = ? AND state = 'reserved'", (name,))
+            size = sum(document.nbytes for document in documents)
+            shard = self._enter_shard(connection, name, nbytes, size, header_checksum)
+            replaced = 0
+            for part in pieces([document.id for document in documents]):
+                replaced += connection.execute(f"DELETE FROM documents WHERE id IN ({marks(part)})", part).rowcount
+            for document in documents:
+                number = connection.execute(
+                    "INSERT INTO documents(id, content_hash, shard, start, tokens, nbytes, checksum, metadata, "
+                    "created, last_used, expires, version) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                    (document.id, document.content_hash, shard, document.start, document.tokens, document.nbytes)
+                    + (document.checksum, json.dumps(document.metadata, ensure_ascii=False), now, now)
+                    + (document.expires, version),
+                ).lastrowid
+                connection.execute("INSERT INTO texts VALUES (?, ?)", (number, document.text))
+        return replaced
+
+    @staticmethod
+    def _enter_shard(connection, name: str, nbytes: int, document_bytes: int, header_checksum: bytes) -> int:
+        return connection.execute(
+            "INSERT INTO shards(name, nbytes, document_bytes, header_checksum, state) VALUES (?, ?, ?, ?, 'live')",
+            (name, nbytes, document_bytes, header_checksum),
+        ).lastrowid
+
+    def move(
+        self, name: str, nbytes: int, header_checksum: bytes, moves: Iterable[tuple[tuple[int, int], int]]
+    ) -> None:
+        """Enter a shard on disk that holds documents of older ones: ((document, old shard), new start)."""
+        with self.transaction() as connection:
+            version = self.next_version(connection)
+            shard = self._enter_shard(connection, name, nbytes, 0, header_checksum)
+            # a document that was replaced or moved meanwhile is left alone
+            connection.executemany(
+                "UPDATE documents SET shard = ?, start = ?, version = ? WHERE document = ? AND shard = ?",
+                [(shard, start, version, *source) for source, start in moves],
+            )
+            connection.execute(
+                "UPDATE shards SET document_bytes = (SELECT TOTAL(nbytes) FROM documents WHERE documents.shard = ?) "
+                "WHERE shard = ?",
+                (shard, shard),
+            )
+
+    def documents_of(self, shard: int) -> list[StoredDocument]:
+        """A shard's documents, in the order they lie in it."""
+        with self.lock:
+            rows = self._connection.execute(
+                "SELECT document, id, start, tokens, checksum FROM documents WHERE shard = ? ORDER BY start", (shard,)
+            )
+            return [StoredDocument(*row) for row in rows]
+
+    def live_shards(self) -> list[int]:
+        """Numbers of all shards with documents."""
+        with self.lock:
+            return [row[0] for row in self._connection.execute("SELECT shard FROM shards WHERE state = 'live'")]
+
+    def optimize(self) -> None:
+        """Merge the search index and give free pages of the catalogue back."""
+        with self.transaction() as connection:
+            connection.execute("INSERT INTO words(words) VALUES ('optimize')")
+
+    def touch(self, used: dict[int, float]) -> None:
+        """Record when documents were last used, by their numbers."""
+        with self.transaction() as connection:
+            rows = [(moment, number) for number, moment in used.items()]
+            connection.executemany("UPDATE documents SET last_used = MAX(last_used, ?) WHERE document = ?", rows)
+
+    def update(self, changes: Sequence[tuple[str, str, float]]) -> None:
+        """Replace (metadata, expires) of documents whose text did not change."""
+        with self.transaction() as connection:
+            version = self.next_version(connection)
+            rows = [(metadata, expires, version, document_id) for document_id, metadata, expires in changes]
+            connection.executemany("UPDATE documents SET metadata = ?, expires = ?, version = ? WHERE id = ?", rows)
+
+    def abandon(self, name: str) -> bool:
+        """Give up a shard's reservation; returns whether the shard was never committed, so its file may go."""
+        with self.transaction() as connection:
+            connection.execute("DELETE FROM shards WHERE name = ? AND state = 'reserved'", (name,))
+            return not connection.execute("SELECT 1 FROM shards WHERE name = ?", (name,)).fetchone()
+
+    # pins
+
+    def pin(self, handle: str, ids: Sequence[str], expires: float) -> list[str]:
+        """Keep documents from eviction; returns the ids that are not there, and then pins none."""
+        with self.transaction() as connection:
+            found = set()
+            for part in pieces(ids):
+                query = f"SELECT id FROM documents WHERE id IN ({marks(part)}) AND expires > ?"
+                found |= {row[0] for row in connection.execute(query, (*part, time.time()))}
+            missing = [document_id for document_id in ids if document_id not in found]
+            if not missing:
+                rows = [(handle, document_id, expires) for document_id in ids]
+                connection.executemany("INSERT OR REPLACE INTO pins VALUES (?, ?, ?)", rows)
+        return missing
+
+    def unpin(self, handle: str) -> int:
+        """Release a handle; returns how many pins it had."""
+        with self.transaction() as connection:
+            return connection.execute("DELETE FROM pins WHERE handle = ?", (handle,)).rowcount
+
+    def pinned(self, ids: Sequence[str]) -> list[str]:
+        """Those of `ids` that a handle holds."""
+        found = []
+        with self.lock:
+            for part in pieces(ids):
+                query = f"SELECT DISTINCT id FROM pins WHERE id IN ({marks(part)}) AND expires > ?"
+                found += [row[0] for row in self._connection.execute(query, (*part, time.time()))]
+        return found
+
+    def mark_damaged(self, ids: Sequence[str]) -> None:
+        """Record that the states of `ids` failed their checksum: `add` and `repair` encode them again."""
+        with self.transaction() as connection:
+            connection.executemany("UPDATE documents SET damaged = 1 WHERE id = ?", [(name,) for name in ids])
+
+    def damaged(self) -> list[str]:
+        """Ids of documents found damaged."""
+        with self.lock:
+            return [row[0] for row in self._connection.execute("SELECT id FROM documents WHERE damaged")]
+
+    def shard(self, shard: int) -> tuple[str, int, bytes] | None:
+        """Name, size and header checksum of a shard; None if it is gone."""
+        with self.lock:
+            return self._connection.execute(
+                "SELECT name, nbytes, header_checksum FROM shards WHERE shard = ? AND state = 'live'", (shard,)
+            ).fetchone()
+
+    def totals(self) -> dict[str, int]:
+        """Counts and sizes of everything in the namespace."""
+        with self.lock:
+            documents, tokens, nbytes, damaged = self._connection.execute(
+                "SELECT COUNT(*), TOTAL(tokens), TOTAL(nbytes), TOTAL(damaged) FROM documents"
+            ).fetchone()
+            shards, on_disk = self._connection.execute("SELECT COUNT(*), TOTAL(nbytes) FROM shards").fetchone()
+            pinned = self._connection.execute(
+                "SELECT COUNT(DISTINCT id) FROM pins WHERE expires > ?", (time.time(),)
+            ).fetchone()[0]
+        return {
+            "documents": documents,
+            "tokens": int(tokens),
+            "document_bytes": int(nbytes),
+            "damaged": int(damaged),
+            "shards": shards,
+            "shard_bytes": int(on_disk),
+            "pinned": pinned,
+        }

@@ -1,0 +1,130 @@
+"""What a store did, in total and for one request, and the same in Prometheus text form."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import asdict, dataclass, fields
+from time import perf_counter
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+
+LATENCY_BUCKETS = (0.0001, 0.001, 0.01, 0.1, 1.0, 10.0)
+OPERATIONS = ("get", "search", "encode", "write")
+
+
+@dataclass
+class Counters:
+    """Counts since a store was opened, or of one request; times in seconds."""
+
+    hits: int = 0
+    misses: int = 0
+    damaged: int = 0
+    bytes_read: int = 0
+    bytes_fetched: int = 0
+    bytes_written: int = 0
+    documents_encoded: int = 0
+    tokens_encoded: int = 0
+    documents_skipped: int = 0
+    evictions: int = 0
+    get_seconds: float = 0.0
+    search_seconds: float = 0.0
+    encode_seconds: float = 0.0
+    write_seconds: float = 0.0
+
+    def add(self, **amounts: float) -> None:
+        """Add to the named counts."""
+        for name, amount in amounts.items():
+            setattr(self, name, getattr(self, name) + amount)
+
+
+class Metrics:
+    """The counters of one store; those of a request are counted by `request` as well."""
+
+    def __init__(self, namespace: str):
+        self.namespace = namespace
+        self.total = Counters()
+        self._lock = threading.Lock()
+        self._request: ContextVar[Counters | None] = ContextVar("request", default=None)
+        self._buckets = {name: [0] * (len(LATENCY_BUCKETS) + 1) for name in OPERATIONS}
+
+    def add(self, **amounts: float) -> None:
+        """Count for the store and for the request that is being served."""
+        request = self._request.get()
+        with self._lock:
+            self.total.add(**amounts)
+            if request is not None:
+                request.add(**amounts)
+
+    def got(self, documents: int, nbytes: int, seconds: float) -> None:
+        """Count one `get`."""
+        self.observe("get", seconds, hits=documents, bytes_read=nbytes)
+
+    @contextmanager
+    def request(self) -> Iterator[Counters]:
+        """Count what happens inside, in this thread or task, apart."""
+        counters = Counters()
+        token = self._request.set(counters)
+        try:
+            yield counters
+        finally:
+            self._request.reset(token)
+
+    @contextmanager
+    def timed(self, operation: str) -> Iterator[None]:
+        """Add the time spent inside to an operation's counter and histogram."""
+        begin = perf_counter()
+        try:
+            yield
+        finally:
+            self.observe(operation, perf_counter() - begin)
+
+    def observe(self, operation: str, seconds: float, **amounts: float) -> None:
+        """Count one operation that took so long, and `amounts`."""
+        self.add(**{f"{operation}_seconds": seconds}, **amounts)
+        bucket = sum(seconds > bound for bound in LATENCY_BUCKETS)
+        with self._lock:
+            self._buckets[operation][bucket] += 1
+
+    def collect(self, totals: dict[str, int]) -> Iterator:
+        """Prometheus metric families (the collector interface of prometheus_client)."""
+        labels = {"namespace": self.namespace}
+        for field in fields(Counters):
+            if not field.name.endswith("_seconds"):
+                family = CounterMetricFamily(
+                    f"xcllama_store_{field.name}", field.name.replace("_", " "), labels=labels
+                )
+                family.add_metric(list(labels.values()), getattr(self.total, field.name))
+                yield family
+        for operation in OPERATIONS:
+            family = HistogramMetricFamily(f"xcllama_store_{operation}_seconds", f"time of {operation}", labels=labels)
+            counts, cumulated = [], 0
+            for bound, count in zip((*LATENCY_BUCKETS, "+Inf"), self._buckets[operation], strict=True):
+                cumulated += count
+                counts.append((str(bound), cumulated))
+            seconds = getattr(self.total, f"{operation}_seconds")
+            family.add_metric(list(labels.values()), counts, sum_value=seconds)
+            yield family
+        for name, value in totals.items():
+            family = GaugeMetricFamily(f"xcllama_store_{name}", name.replace("_", " "), labels=labels)
+            family.add_metric(list(labels.values()), value)
+            yield family
+
+    def text(self, totals: dict[str, int]) -> str:
+        """All counters, and `totals` as gauges, in Prometheus text form."""
+        registry = CollectorRegistry(auto_describe=False)
+        registry.register(_Collector(list(self.collect(totals))))
+        return generate_latest(registry).decode()
+
+    def as_dict(self) -> dict[str, float]:
+        """The totals by name."""
+        return asdict(self.total)
+
+
+class _Collector:
+    def __init__(self, families: list):
+        self._families = families
+
+    def collect(self) -> list:
+        return self._families

@@ -1,0 +1,262 @@
+"""From ids to one cache: locations, open shards, checksums at first use; what every store can do."""
+
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from time import perf_counter
+
+from modeling_xcllama.context_cache import ContextCache
+
+from .catalogue import Catalogue
+from .counters import Counters, Metrics
+from .locations import Location
+from .pending import VerifyReport
+from .searching import Hit, search
+from .shards import DamagedShardError, MappedShard, cache_of_parts, gather, offsets_of
+
+OPEN_SHARDS = 256
+ATTEMPTS = 5
+
+
+class MissingDocumentError(KeyError):
+    """Documents that the namespace does not have (any more); `ids` names them."""
+
+    def __init__(self, ids: Sequence[str], where: str):
+        self.ids = list(ids)
+        shown = ", ".join(map(repr, self.ids[:8])) + (", ..." if len(self.ids) > 8 else "")
+        super().__init__(f"{where} has no document {shown}; add it first.")
+
+    def __str__(self) -> str:
+        return self.args[0]
+
+
+class DamagedDocumentError(ValueError):
+    """Documents whose stored states are cut short or altered; `ids` names them."""
+
+    def __init__(self, ids: Sequence[str], where: str):
+        self.ids = list(ids)
+        shown = ", ".join(map(repr, self.ids[:8])) + (", ..." if len(self.ids) > 8 else "")
+        super().__init__(
+            f"the states of document {shown} in {where} are damaged and were not served; `repair()` encodes them."
+        )
+
+
+class ShardReader:
+    """The open shards of a namespace, and reading documents from them.
+
+    Args:
+        catalogue: knows where documents lie.
+        open_shard: opens a shard by (name, nbytes, header checksum).
+        metrics: counts bytes.
+    """
+
+    def __init__(self, catalogue: Catalogue, open_shard: Callable[[str, int, bytes], MappedShard], metrics: Metrics):
+        self._catalogue = catalogue
+        self._open_shard = open_shard
+        self._metrics = metrics
+        self._shards: OrderedDict[int, MappedShard] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def shard(self, number: int) -> MappedShard:
+        """An open shard, checked for having been cut or touched since.
+
+        Raises:
+            DamagedShardError: the file is gone, cut or altered.
+        """
+        with self._lock:
+            shard = self._shards.get(number)
+            if shard is not None:
+                self._shards.move_to_end(number)
+        try:
+            if shard is not None:
+                shard.check()
+                return shard
+            entry = self._catalogue.shard(number)
+            if entry is None:
+                raise DamagedShardError(f"shard {number} is gone.")
+            shard = self._open_shard(*entry)
+        except DamagedShardError:
+            self.forget(number)
+            raise
+        with self._lock:
+            self._shards[number] = shard
+            if len(self._shards) > OPEN_SHARDS:
+                self._shards.popitem(last=False)
+        return shard
+
+    def forget(self, number: int) -> None:
+        """Close a shard; views of it stay valid."""
+        with self._lock:
+            self._shards.pop(number, None)
+
+    def locate(self, ids: Sequence[str], where: str) -> list[Location]:
+        """Where documents lie now.
+
+        Raises:
+            MissingDocumentError: unknown, evicted or expired ids.
+        """
+        self._catalogue.refresh()
+        locations = [self._catalogue.locate(document_id) for document_id in ids]
+        missing = [name for name, place in zip(ids, locations, strict=True) if place is None]
+        if not missing:
+            now = time.time()
+            missing = [name for name, place in zip(ids, locations, strict=True) if place.expires <= now]
+        if missing:
+            self._metrics.add(misses=len(missing))
+            raise MissingDocumentError(missing, where)
+        return locations
+
+    def read(self, ids: Sequence[str], fingerprint: str, where: str) -> tuple[ContextCache, list[Location]]:
+        """One row for each of `ids`: views of the mapped shard where they lie back to back, else one copy.
+
+        Raises:
+            MissingDocumentError: unknown, evicted or expired ids.
+            DamagedDocumentError: documents that fail their checksum.
+        """
+        for attempt in range(ATTEMPTS):
+            locations = self.locate(ids, where)
+            unique = sorted(set(locations), key=lambda place: (place.shard, place.start))
+            damaged, shards = self._check(unique)
+            if not damaged:
+                break
+            # a writer may have moved or replaced them since they were looked up
+            self._catalogue.refresh()
+            known = dict(zip(ids, locations, strict=True))
+            real = [
+                name for name, place in known.items() if place in damaged and self._catalogue.locate(name) == place
+            ]
+            if real or attempt == ATTEMPTS - 1:
+                self._metrics.add(damaged=len(real))
+                if not self._catalogue.read_only:
+                    self._catalogue.mark_damaged(real)
+                raise DamagedDocumentError(real, where)
+        parts = gather([(shards[place.shard], place.start, place.tokens) for place in unique])
+        position = {place: index for index, place in enumerate(unique)}
+        rows = tuple((position[place],) for place in locations)
+        return cache_of_parts(parts, offsets_of(place.tokens for place in unique), fingerprint, rows), locations
+
+    def _check(self, places: Sequence[Location]) -> tuple[set[Location], dict[int, MappedShard]]:
+        """Verify what is read for the first time; returns the damaged ones and the open shards."""
+        shards: dict[int, MappedShard] = {}
+        damaged, fresh = set(), []
+        for number in dict.fromkeys(place.shard for place in places):
+            try:
+                shards[number] = self.shard(number)
+            except DamagedShardError:
+                damaged.update(place for place in places if place.shard == number)
+        for place in places:
+            if place.shard in shards and place.document not in shards[place.shard].verified:
+                shards[place.shard].prefetch(place.start, place.tokens)
+                fresh.append(place)
+        if fresh:
+            stored = self._catalogue.checksums([place.document for place in fresh])
+            for place in fresh:
+                shard = shards[place.shard]
+                if place.document in stored and shard.verify(place.start, place.tokens, stored[place.document][0]):
+                    shard.verified.add(place.document)
+                else:
+                    damaged.add(place)
+        return damaged, shards
+
+
+class ReadableStore(ABC):
+    """Reading and searching one namespace.
+
+    Args:
+        catalogue: of the namespace.
+        namespace: its name, for counters.
+        where: names the store in errors.
+    """
+
+    def __init__(self, catalogue: Catalogue, namespace: str, where: str):
+        self.catalogue, self.namespace, self._where = catalogue, namespace, where
+        self.metrics = Metrics(namespace)
+        self._reader = ShardReader(catalogue, self._open_shard, self.metrics)
+
+    @abstractmethod
+    def _open_shard(self, name: str, nbytes: int, header_checksum: bytes) -> MappedShard:
+        """Open a shard of the catalogue."""
+
+    @property
+    def dtype(self) -> str:
+        """Dtype of the states at rest; "" before the first document."""
+        return self.catalogue.meta["dtype"]
+
+    def __len__(self) -> int:
+        self.catalogue.refresh()
+        return len(self.catalogue.locations)
+
+    def __contains__(self, document_id: str) -> bool:
+        self.catalogue.refresh()
+        place = self.catalogue.locate(document_id)
+        return place is not None and place.expires > time.time()
+
+    def get(self, ids: str | Sequence[str]) -> ContextCache:
+        """The states of documents, one row each, in the order of `ids`.
+
+        Documents that lie back to back in one shard come as views of the mapped file, others as one copy.
+
+        Raises:
+            MissingDocumentError: a document that is not there, or not any more.
+            DamagedDocumentError: stored states that fail their checksum.
+            ValueError: no ids.
+        """
+        return self._get(ids)[0]
+
+    def _get(self, ids: str | Sequence[str]) -> tuple[ContextCache, list[Location]]:
+        ids = [ids] if isinstance(ids, str) else list(ids)
+        if not ids:
+            raise ValueError("`ids` must name at least one document, got an empty list.")
+        begin = perf_counter()
+        cache, locations = self._reader.read(ids, self.catalogue.meta["fingerprint"], self._where)
+        self.metrics.got(len(ids), cache.nbytes, perf_counter() - begin)
+        return cache, locations
+
+    def search(self, query: str, k: int = 4, where: dict | None = None) -> list[Hit]:
+        """The `k` documents that match `query` best by BM25 over their words.
+
+        Args:
+            query: words; common ones count only where there are no others.
+            where: metadata that hits must have, `{field: value}` or `{field: [values]}`.
+
+        Raises:
+            ValueError: an empty query, or `k` below 1.
+        """
+        if not isinstance(query, str) or not query.strip() or k < 1:
+            raise ValueError(f"`query` must be words and `k` at least 1, got {query!r:.80} and {k}.")
+        with self.metrics.timed("search"):
+            return search(self.catalogue, query, k, where)
+
+    def request(self) -> AbstractContextManager[Counters]:
+        """A context that counts what happens inside apart: `with store.request() as cost: ...`."""
+        return self.metrics.request()
+
+    def stats(self) -> dict:
+        """Sizes of the namespace and counters since it was opened."""
+        fixed = {name: self.catalogue.meta[name] for name in ("fingerprint", "dtype")}
+        return {"namespace": self.namespace, **fixed, **self.catalogue.totals(), **self.metrics.as_dict()}
+
+    def prometheus(self) -> str:
+        """Counters, latencies and sizes in Prometheus text form."""
+        return self.metrics.text(self.catalogue.totals())
+
+    def _verify(self) -> VerifyReport:
+        """Read every document and compare checksums."""
+        report = VerifyReport()
+        for number in self.catalogue.live_shards():
+            documents = self.catalogue.documents_of(number)
+            try:
+                shard = self._reader.shard(number)
+            except DamagedShardError:
+                # evicted meanwhile, or really damaged
+                report.damaged += [document.id for document in self.catalogue.documents_of(number)]
+                continue
+            for document in documents:
+                shard.prefetch(document.start, document.tokens)
+                report.checked += 1
+                if not shard.verify(document.start, document.tokens, document.checksum):
+                    report.damaged.append(document.id)
+        return report

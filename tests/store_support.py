@@ -1,0 +1,51 @@
+"""A stand-in for model and processor: states that follow from the text alone, so that any test can recompute them."""
+
+from types import SimpleNamespace
+
+import torch
+
+from modeling_xcllama.context_cache import ContextCache
+
+WIDTH = 16
+
+
+class ByteProcessor:
+    """Tokens are UTF-8 bytes."""
+
+    template_version = "1"
+
+    def __call__(self, contexts, padding=False):
+        return {"context_input_ids": [list(text.encode()) for text in contexts]}
+
+
+class TableModel:
+    """The state of a token is its row in a random table: no batch, no order, no rounding."""
+
+    def __init__(self, seed: int = 0, dtype: torch.dtype = torch.bfloat16):
+        generator = torch.Generator().manual_seed(seed)
+        self.table = torch.randn(256, WIDTH, generator=generator).to(dtype)
+        self.dtype = dtype
+        self.fingerprint = f"table-{seed}"
+        self.model = SimpleNamespace(context_fingerprint=lambda: self.fingerprint)
+        self.encoded = 0
+
+    def encode_context(self, ids, mask):
+        rows = [row[keep.bool()] for row, keep in zip(ids, mask, strict=True)]
+        self.encoded += len(rows)
+        offsets = [0]
+        for row in rows:
+            offsets.append(offsets[-1] + len(row))
+        tokens = torch.cat(rows)
+        return ContextCache({"hidden": self.table[tokens]}, tuple(offsets), tokens.int(), self.fingerprint)
+
+    def states(self, text: str) -> torch.Tensor:
+        return self.table[torch.tensor(list(text.encode()), dtype=torch.long)]
+
+
+def row_states(cache, row: int) -> torch.Tensor:
+    """The states that a row of a cache reads."""
+    (state,) = cache.states.values()
+    spans = [(cache.offsets[d], cache.offsets[d + 1]) for d in cache.rows[row]]
+    if not isinstance(state, torch.Tensor):
+        state = state.dequantize(torch.float32).flatten(1)
+    return torch.cat([state[start:end] for start, end in spans])

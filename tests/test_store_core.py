@@ -1,0 +1,360 @@
+"""ContextStore on one machine: adding, reading, searching, pinning, evicting, namespaces."""
+
+import json
+import runpy
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from prometheus_client.parser import text_string_to_metric_families
+
+from context_store import ContextStore, MissingDocumentError
+from context_store.locations import Location, Locations
+
+SUPPORT = runpy.run_path(str(Path(__file__).with_name("store_support.py")))
+TableModel, ByteProcessor, row_states = (SUPPORT[name] for name in ("TableModel", "ByteProcessor", "row_states"))
+
+
+@pytest.fixture
+def model():
+    return TableModel()
+
+
+@pytest.fixture
+def store(tmp_path, model):
+    with ContextStore(tmp_path / "corpus.xcs", model, ByteProcessor()) as store:
+        yield store
+
+
+def assert_states(store, model, documents: dict[str, str]) -> None:
+    cache = store.get(list(documents))
+    for row, text in enumerate(documents.values()):
+        assert torch.equal(row_states(cache, row), model.states(text))
+        assert cache.row_token_ids(row).tolist() == list(text.encode())
+
+
+def test_documents_come_back_in_any_order_and_combination(store, model):
+    documents = {f"d{i}": f"text number {i} " * (i + 1) for i in range(7)}
+    report = store.add(documents.keys(), documents.values())
+    assert (report.encoded, report.skipped) == (7, 0)
+    assert report.tokens == sum(len(text) for text in documents.values())
+    for ids in (["d3"], ["d6", "d0", "d3"], ["d1", "d1", "d2"]):
+        cache = store.get(ids)
+        for row, name in enumerate(ids):
+            assert torch.equal(row_states(cache, row), model.states(documents[name]))
+    joined = store.get(["d5", "d2"]).join([[0, 1], [1]])
+    assert torch.equal(
+        row_states(joined, 0), torch.cat([model.states(documents["d5"]), model.states(documents["d2"])])
+    )
+
+
+def test_a_restart_encodes_nothing_again(tmp_path, model):
+    with ContextStore(tmp_path / "s", model, ByteProcessor()) as store:
+        store.add(["a", "b"], ["one", "two"])
+    again = TableModel()
+    with ContextStore(tmp_path / "s", again, ByteProcessor()) as store:
+        report = store.add(["a", "b", "c"], ["one", "two", "three"])
+        assert (report.encoded, report.skipped, again.encoded) == (1, 2, 1)
+        assert_states(store, model, {"c": "three", "a": "one", "b": "two"})
+
+
+def test_a_changed_document_is_served_anew_at_once_in_every_process(tmp_path, model):
+    writer = ContextStore(tmp_path / "s", model, ByteProcessor())
+    writer.add(["a"], ["old"])
+    reader = ContextStore(tmp_path / "s", read_only=True)
+    assert_states(reader, model, {"a": "old"})
+    writer.add(["a"], ["new text"])
+    assert_states(reader, model, {"a": "new text"})
+    assert reader.search("old") == []
+    assert [hit.id for hit in reader.search("text")] == ["a"]
+    assert writer.stats()["shards"] == 1
+
+
+def test_neighbours_are_views_of_the_mapped_shard_and_others_one_copy(store):
+    store.add(["a", "b", "c", "d"], ["first", "second", "third", "fourth"])
+    shard = store._reader.shard(1).tensors["hidden"]
+    inside = range(shard.data_ptr(), shard.data_ptr() + shard.nbytes)
+    for ids in (["b"], ["b", "c"], ["c", "b"], ["a", "b", "c", "d"]):
+        assert store.get(ids).states["hidden"].data_ptr() in inside, ids
+        assert store.get(ids).token_ids.data_ptr() not in inside
+    assert store.get(["a", "c"]).states["hidden"].data_ptr() not in inside
+    store.add(["e"], ["fifth"])
+    assert store.get(["d", "e"]).states["hidden"].data_ptr() not in inside
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4", "float32"])
+def test_states_at_rest_in_other_dtypes(tmp_path, model, dtype):
+    with ContextStore(tmp_path / "s", model, ByteProcessor(), dtype=dtype) as store:
+        store.add(["a", "b", "c"], ["alpha", "beta", ""])
+        expected = {"a": model.states("alpha").float(), "b": model.states("beta").float()}
+        cache = store.get(["b", "c", "a"])
+        assert str(cache.dtype) == f"torch.{dtype}"
+        tolerance = {"int8": 0.02, "int4": 0.2, "float32": 0.0}[dtype]
+        assert (row_states(cache, 0) - expected["b"]).abs().max() <= tolerance * expected["b"].abs().max()
+        assert row_states(cache, 1).shape[0] == 0
+        assert (row_states(cache, 2) - expected["a"]).abs().max() <= tolerance * expected["a"].abs().max()
+    with pytest.raises(ValueError, match=f"holds {dtype} states"):
+        ContextStore(tmp_path / "s", model, ByteProcessor(), dtype="bfloat16")
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.dictionaries(st.text(min_size=1, max_size=12).filter(lambda s: s.isprintable() or True), st.text(max_size=40))
+)
+def test_ids_and_texts_of_any_unicode(tmp_path_factory, documents):
+    documents = {
+        name: text for name, text in documents.items() if not any(0xD800 <= ord(c) < 0xE000 for c in name + text)
+    }
+    model = TableModel()
+    with ContextStore(tmp_path_factory.mktemp("u"), model, ByteProcessor(), namespace="näme/space ..") as store:
+        store.add(documents.keys(), documents.values())
+        assert len(store) == len(documents)
+        if documents:
+            assert_states(store, model, documents)
+            assert store.verify().damaged == []
+
+
+def test_edges_of_add(store, model):
+    report = store.add(["a", "a", "b"], ["first", "second", ""])
+    assert report.encoded == 2
+    assert_states(store, model, {"a": "second", "b": ""})
+    long = "word " * 20_000
+    store.add("long", long)
+    assert store.get("long").lengths == [100_000]
+    assert store.add([], []).encoded == 0
+    with pytest.raises(ValueError, match="one entry a document"):
+        store.add(["x", "y"], ["only one"])
+    with pytest.raises(ValueError, match="lone surrogates"):
+        store.add(["\ud800"], ["text"])
+    with pytest.raises(ValueError, match="must be strings"):
+        store.add([""], ["text"])
+    with pytest.raises(MissingDocumentError, match="'x'"):
+        store.get(["a", "x"])
+    with pytest.raises(ValueError, match="at least one document"):
+        store.get([])
+    # what came before a failure in a stream is kept or not, but nothing is torn
+    assert store.verify().damaged == []
+
+
+def test_search_ranks_filters_and_quotes(store):
+    texts = {
+        "light": "The lighthouse on the cape was built by Anna Berg in 1871.",
+        "ship": 'A ship passed the lighthouse. "NEAR" OR (AND) syntax* is text.',
+        "farm": "Potatoes grow on the farm of the Berg family; the potatoes are good.",
+    }
+    store.add(texts.keys(), texts.values(), [{"place": "cape", "n": 1}, {"place": "sea"}, None])
+    assert [hit.id for hit in store.search("who built the lighthouse?")][:1] == ["light"]
+    assert [hit.id for hit in store.search("potato")] == ["farm"]
+    assert "built by Anna" in store.search("Anna", k=1)[0].snippet
+    assert [hit.id for hit in store.search("lighthouse", where={"place": "sea"})] == ["ship"]
+    assert {hit.id for hit in store.search("lighthouse", where={"place": ["sea", "cape"]})} == {"ship", "light"}
+    assert store.search("lighthouse", where={"n": 2}) == []
+    for query in ('"', "NEAR(", "a* OR", "?!", "col:x", "'; DROP TABLE documents"):
+        store.search(query)
+    hits = store.search("lighthouse berg", k=3)
+    assert [hit.score for hit in hits] == sorted((hit.score for hit in hits), reverse=True)
+    with pytest.raises(ValueError, match="must be words"):
+        store.search("  ")
+
+
+def test_new_metadata_needs_no_encoding(store, model):
+    store.add(["a"], ["text"], [{"version": 1}])
+    assert store.add(["a"], ["text"], [{"version": 2}]).skipped == 1
+    assert store.search("text")[0].metadata == {"version": 2}
+    store.add(["a"], ["text"])
+    assert store.search("text")[0].metadata == {"version": 2}
+    assert model.encoded == 1
+
+
+def test_namespaces_never_see_each_other(tmp_path, model):
+    one = ContextStore(tmp_path, model, ByteProcessor(), namespace="one")
+    two = ContextStore(tmp_path, model, ByteProcessor(), namespace="../one")
+    one.add(["a"], ["secret lighthouse"])
+    two.add(["a", "b"], ["other", "more"])
+    assert two.search("lighthouse") == []
+    assert "b" not in one
+    two.evict(["a"])
+    assert_states(one, model, {"a": "secret lighthouse"})
+    with pytest.raises(MissingDocumentError):
+        two.get("a")
+    assert {path.parent.parent.name for path in tmp_path.rglob("*.safetensors")} == {"ns=one", "ns=..%2Fone"}
+    with pytest.raises(ValueError, match="`namespace`"):
+        ContextStore(tmp_path, model, ByteProcessor(), namespace="")
+
+
+def test_another_model_template_or_format_is_refused(tmp_path, model):
+    ContextStore(tmp_path, model, ByteProcessor()).close()
+    with pytest.raises(ValueError, match=r"table-0.*table-1"):
+        ContextStore(tmp_path, TableModel(1), ByteProcessor())
+    other = ByteProcessor()
+    other.template_version = "2"
+    with pytest.raises(ValueError, match=r"template version '1'.*'2'"):
+        ContextStore(tmp_path, model, other)
+    store = ContextStore(tmp_path, model, ByteProcessor())
+    store.catalogue.set_meta("format_version", "99")
+    with pytest.raises(ValueError, match="99"):
+        ContextStore(tmp_path, model, ByteProcessor())
+    (tmp_path / "x" / "ns=default").mkdir(parents=True)
+    (tmp_path / "x" / "ns=default" / "catalogue.sqlite3").write_bytes(b"no database" * 100)
+    with pytest.raises(ValueError, match="no context store"):
+        ContextStore(tmp_path / "x", read_only=True)
+    with pytest.raises(FileNotFoundError):
+        ContextStore(tmp_path / "nowhere", read_only=True)
+
+
+def shard_bytes_on_disk(store) -> int:
+    return sum(path.stat().st_size for path in (store.folder / "shards").iterdir())
+
+
+def test_a_bounded_store_evicts_the_least_recently_used_and_keeps_pinned(tmp_path, model):
+    limit = 200_000
+    with ContextStore(tmp_path, model, ByteProcessor(), max_bytes=limit) as store:
+        text = "x" * 500
+        store.add(["pinned"], [text])
+        store.add(["used"], [text + "used"])
+        handle = store.pin("pinned")
+        for i in range(60):
+            store.add([f"d{i}"], [text + str(i)])
+            store.get("used")
+            assert shard_bytes_on_disk(store) <= limit
+        assert "pinned" in store
+        assert "used" in store
+        assert "d59" in store
+        assert "d0" not in store
+        assert store.stats()["evictions"] > 20
+        # most of the room is used: documents are not thrown away by the shard
+        assert store.stats()["document_bytes"] > limit // 2
+        survivors = [f"d{i}" for i in range(60) if f"d{i}" in store]
+        assert survivors == [f"d{i}" for i in range(60 - len(survivors), 60)]
+        with pytest.raises(ValueError, match="pinned"):
+            store.evict("pinned")
+        handle.release()
+        store.evict(max_bytes=0)
+        assert len(store) == 0
+        assert shard_bytes_on_disk(store) == 0
+    with ContextStore(tmp_path, model, ByteProcessor()) as store:
+        assert store.max_bytes == limit
+
+
+def test_room_that_pins_hold_is_not_taken(tmp_path, model):
+    with ContextStore(tmp_path, model, ByteProcessor(), max_bytes=100_000) as store:
+        store.add(["a"], ["x" * 2000])
+        with store.pin(["a"]), pytest.raises(ValueError, match="pinned"):
+            store.add(["b"], ["y" * 1500])
+        assert_states(store, model, {"a": "x" * 2000})
+        store.add(["b"], ["y" * 1500])
+        assert "a" not in store
+        assert shard_bytes_on_disk(store) <= 100_000
+
+
+def test_big_shards_are_rewritten_without_their_dead(tmp_path, model):
+    with ContextStore(tmp_path, model, ByteProcessor(), max_bytes=400_000) as store:
+        names = [f"d{i}" for i in range(40)]
+        store.add(names, ["z" * 200 + name for name in names])
+        # every second one stays in use, so no shard dies whole
+        for step in range(12):
+            store.get(names[::2])
+            store.add([f"n{step}"], ["n" * 800 + str(step)])
+            assert shard_bytes_on_disk(store) <= 400_000
+        assert all(name in store for name in names[::2])
+        assert_states(store, model, {name: "z" * 200 + name for name in names[::2]})
+        assert store.verify().damaged == []
+
+
+def test_time_to_live_of_documents_and_handles(tmp_path, model, monkeypatch):
+    store = ContextStore(tmp_path, model, ByteProcessor())
+    store.add(["short"], ["soon gone"], ttl=100)
+    store.add(["long"], ["stays here"])
+    handle = store.pin(["long"], ttl=50)
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 60)
+    assert store.evict("long") == 1
+    assert "short" in store
+    monkeypatch.setattr(time, "time", lambda: now + 101)
+    assert "short" not in store
+    assert store.search("gone") == []
+    with pytest.raises(MissingDocumentError):
+        store.get("short")
+    with pytest.raises(MissingDocumentError):
+        store.pin("short")
+    assert store.evict() == 1
+    assert store.stats()["documents"] == 0
+    handle.release()
+
+
+def test_handles_outlive_their_process(tmp_path, model):
+    store = ContextStore(tmp_path, model, ByteProcessor())
+    store.add(["a"], ["text"])
+    handle = store.pin("a")
+    other = ContextStore(tmp_path, model, ByteProcessor())
+    with pytest.raises(ValueError, match="pinned"):
+        other.evict("a")
+    assert handle.get().lengths == [4]
+    other.release(handle.token)
+    assert other.evict("a") == 1
+
+
+def test_compact_joins_small_shards_and_drops_the_dead(store, model):
+    documents = {f"d{i}": f"text {i}" for i in range(12)}
+    for name, text in documents.items():
+        store.add(name, text)
+    store.evict([f"d{i}" for i in range(0, 12, 3)])
+    reader = ContextStore(store.path, read_only=True)
+    rest = {name: text for i, (name, text) in enumerate(documents.items()) if i % 3}
+    assert_states(reader, model, rest)
+    assert store.stats()["shards"] == 8
+    assert store.compact() > 0
+    assert store.stats()["shards"] == 1
+    assert len(list((store.folder / "shards").iterdir())) == 1
+    assert_states(reader, model, rest)
+    assert_states(store, model, rest)
+    assert model.encoded == 12
+
+
+def test_counters_of_requests_and_totals_in_prometheus_form(store):
+    store.add(["a", "b"], ["some text", "more text"])
+    with store.request() as cost:
+        store.search("text")
+        store.get(["a", "b"])
+        with pytest.raises(MissingDocumentError):
+            store.get("c")
+    assert (cost.hits, cost.misses, cost.bytes_read) == (2, 1, 18 * 16 * 2)
+    assert cost.get_seconds > 0
+    assert cost.search_seconds > 0
+    store.get("a")
+    families = {family.name: family for family in text_string_to_metric_families(store.prometheus())}
+    assert families["xcllama_store_hits"].samples[0].value == 3
+    assert families["xcllama_store_hits"].samples[0].labels == {"namespace": "default"}
+    assert families["xcllama_store_documents"].samples[0].value == 2
+    count = [s for s in families["xcllama_store_get_seconds"].samples if s.name.endswith("_count")]
+    assert count[0].value == 2
+    assert json.dumps(store.stats())
+
+
+def test_states_encoded_elsewhere(store, model):
+    cache = model.encode_context(torch.tensor([[104, 105], [98, 99]]), torch.tensor([[1, 1], [1, 0]]))
+    store.add_cache(["x", "y"], ["hi", "b"], cache)
+    assert_states(store, model, {"y": "b", "x": "hi"})
+    with pytest.raises(ValueError, match="table-1"):
+        store.add_cache(["x"], ["hi"], TableModel(1).encode_context(torch.tensor([[1]]), torch.tensor([[1]])))
+    with pytest.raises(ValueError, match="one row a document"):
+        store.add_cache(["x"], ["hi"], cache)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 60), st.booleans()), max_size=300), st.integers(1, 40))
+def test_locations_are_a_dict(changes, merge_every):
+    locations, expected = Locations(merge_every), {}
+    for step, (number, present) in enumerate(changes):
+        name = f"id{number}"
+        place = Location(step, step % 7, step * 3, step % 5, float("inf")) if present else None
+        locations.set(name, place)
+        if present:
+            expected[name] = place
+        else:
+            expected.pop(name, None)
+    assert len(locations) == len(expected)
+    assert all(locations.get(f"id{number}") == expected.get(f"id{number}") for number in range(62))
