@@ -16,7 +16,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -70,6 +72,19 @@ def inspect_variant(variant: Variant, target: str) -> dict[str, object]:
     return record | {"problems": problems(record)}
 
 
+def inspect_target(target: str, kernels: list[str], dtypes: list[str], one_a_kernel: bool) -> list[dict]:
+    """The records of one chip; what breaks a rule is printed at once."""
+    records = []
+    for variant in (one_variant_a_kernel if one_a_kernel else all_variants)(TARGETS[target]):
+        if variant.kernel not in kernels or variant.dtype not in dtypes:
+            continue
+        records.append(inspect_variant(variant, target))
+        if records[-1]["problems"]:
+            print(*(records[-1][name] for name in ("target", "kernel", "dtype", "bits", "head_dim")), end=" ")
+            print(list(records[-1]["config"].values()), "; ".join(records[-1]["problems"]), flush=True)
+    return records
+
+
 def rooflines() -> list[dict[str, object]]:
     """Least time of decode (one new token) and prefill (512) for each batch, context and number of heads."""
     table = []
@@ -121,19 +136,17 @@ def main() -> int:
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=list(TARGETS))
     parser.add_argument("--kernels", nargs="+", default=list(KERNELS), choices=KERNELS)
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES))
+    parser.add_argument("--jobs", type=int, default=2, help="chips compiled for at the same time")
     parser.add_argument("--one-a-kernel", action="store_true", help="the default configuration in bf16 only")
     arguments = parser.parse_args()
     if INTERPRETED:
         raise ValueError("nothing is compiled under TRITON_INTERPRET=1; unset it.")
-    start, records = time.monotonic(), []
-    for target in arguments.targets:
-        choose = one_variant_a_kernel if arguments.one_a_kernel else all_variants
-        for variant in choose(TARGETS[target]):
-            if variant.kernel in arguments.kernels and variant.dtype in arguments.dtypes:
-                records.append(inspect_variant(variant, target))
-                if records[-1]["problems"]:
-                    print({name: records[-1][name] for name in ("kernel", "target", "dtype", "bits", "head_dim")})
-                    print("   ", records[-1]["config"], records[-1]["problems"], flush=True)
+    start = time.monotonic()
+    inspect_chip = partial(
+        inspect_target, kernels=arguments.kernels, dtypes=arguments.dtypes, one_a_kernel=arguments.one_a_kernel
+    )
+    with ProcessPoolExecutor(arguments.jobs) as pool:
+        records = [record for chip in pool.map(inspect_chip, arguments.targets) for record in chip]
     broken = sum(bool(record["problems"]) for record in records)
     run = provenance() | {"seconds": round(time.monotonic() - start, 1), "num_kernels": len(records), "broken": broken}
     write_json(arguments.output, run | {"kernels": records, "rooflines": rooflines()})

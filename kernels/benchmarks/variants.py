@@ -88,7 +88,8 @@ def decode_variants(target: Target, name: str, bits: int, head_dim: int) -> Iter
     dtype = DTYPES[name]
     most = configs.decode_rows(dtype, head_dim)
     # requests with a context each, as many that share one as fit into a tile, and one alone
-    for batch, contexts, context_len in ((8, 8, 4096), (most // 4, 1, 8192), (1, 1, 16384)):
+    shapes = ((8, 8, 4096), (most // 4, 1, 8192), (1, 1, 16384))
+    for batch, contexts, context_len in shapes if head_dim == 128 else shapes[:2]:
         shape = Shape(batch, contexts, context_len, 1, 32, 8, head_dim)
         tensors = attention_tensors(shape, dtype, bits)
         block_m = rows_a_tile(batch, contexts, 1, 4, most)
@@ -134,10 +135,10 @@ def projection_variants(target: Target, name: str, bits: int) -> Iterator[Varian
 
 
 def all_variants(target: Target) -> Iterator[Variant]:
-    """Every kernel and configuration in bf16 and fp32 for head sizes 64, 128 and 256; fp16 for 128."""
+    """Every configuration of every kernel: bf16 in full, fp32 quantized for head size 64 only, fp16 for head size 64."""
     for name in DTYPES:
-        for head_dim in HEAD_DIMS if name != "fp16" else (128,):
-            for bits in BITS:
+        for head_dim in HEAD_DIMS if name != "fp16" else (64,):
+            for bits in BITS if name == "bf16" or head_dim == 64 else (0,):
                 yield from forward_variants(target, name, bits, head_dim)
                 yield from decode_variants(target, name, bits, head_dim)
             yield from backward_variants(target, name, head_dim)
