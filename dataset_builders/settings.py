@@ -1,5 +1,7 @@
 """What a build is asked for, besides its files."""
 
+import hashlib
+import json
 import random
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +24,12 @@ class Settings:
     def __post_init__(self):
         if self.num_copies < 1:
             raise ValueError(f"`num_copies` must be at least 1, got {self.num_copies}.")
+
+    def digest(self) -> str:
+        """Digest of all settings."""
+        questions = sorted(self.nq_open) if self.nq_open is not None else None
+        content = json.dumps([self.seed, self.num_copies, questions])
+        return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
 
     def random(self, *key: Any) -> random.Random:
         """A generator of its own for each key (a question), so that results do not depend on the order of reading."""
