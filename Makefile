@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-slow lint style models kernels-inspect clean
+.PHONY: demo test test-slow lint style models kernels-inspect train-small train-smoke clean
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -33,6 +33,15 @@ style: .venv/.installed
 
 kernels-inspect: .venv/.installed
 	$(BIN)/python kernels/benchmarks/inspect_kernels.py --output results/kernels_inspect.json
+
+# hours on one core; an interrupted run goes on where it stopped
+train-small: models
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/train.py --recipe training/recipes/xc-smollm2-135m.yaml \
+		--export checkpoints/xc-smollm2-135m --results results $(if $(wildcard runs/xc-smollm2-135m/recipe.json),--resume)
+
+train-smoke: models
+	rm -rf runs/smoke
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/train.py --recipe training/recipes/smoke.yaml --export runs/smoke/export
 
 clean:
 	rm -rf .venv build dist *.egg-info

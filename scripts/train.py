@@ -11,6 +11,8 @@ import os
 import sys
 from pathlib import Path
 
+from provenance import write_result
+
 from training.recipe import load_recipe
 
 
@@ -51,12 +53,13 @@ def _train(recipe, arguments: argparse.Namespace) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 3
     if int(os.environ.get("RANK", "0")) == 0:
-        from training.export import export_model, write_results
+        from training.export import export_model, quick_look
 
         if arguments.export:
             export_model(recipe, model, folder, arguments.export)
         if arguments.results:
-            write_results(recipe, model, folder, arguments.results)
+            figures = quick_look(recipe, model, folder)
+            write_result(arguments.results / f"training_{recipe.name}.json", figures, recipe.seed)
     return 0
 
 

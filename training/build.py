@@ -7,26 +7,20 @@ import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from dataset_builders.wheels import cache_folder
 from modeling_xcllama import XCLlamaForCausalLM, XCLlamaProcessor
+from modeling_xcllama.checkpoints import find_model
 from training.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 
 
-def locate(name: str) -> str:
-    """A model's folder in the project's cache, when `name` is one, else `name` (a folder or a Hub id)."""
-    cached = cache_folder() / "models" / name
-    return str(cached) if "/" not in name and cached.is_dir() else name
-
-
 def load_processor(recipe: Recipe) -> XCLlamaProcessor:
     """The processor of a recipe's model, with the recipe's chat template where it has one."""
-    tokenizer = AutoTokenizer.from_pretrained(locate(recipe.model.base))
+    tokenizer = AutoTokenizer.from_pretrained(find_model(recipe.model.base))
     if recipe.model.chat_template is not None:
         tokenizer.chat_template = recipe.model.chat_template
     encoder = recipe.model.encoder
-    return XCLlamaProcessor(tokenizer, None if encoder is None else AutoTokenizer.from_pretrained(locate(encoder)))
+    return XCLlamaProcessor(tokenizer, None if encoder is None else AutoTokenizer.from_pretrained(find_model(encoder)))
 
 
 def build_model(recipe: Recipe) -> nn.Module:
@@ -38,7 +32,7 @@ def build_model(recipe: Recipe) -> nn.Module:
     dtype = torch.bfloat16 if recipe.optimization.precision == "bf16" else torch.float32
     torch.manual_seed(recipe.seed)
     base = AutoModelForCausalLM.from_pretrained(
-        locate(recipe.model.base), dtype=dtype, attn_implementation=recipe.model.attn_implementation
+        find_model(recipe.model.base), dtype=dtype, attn_implementation=recipe.model.attn_implementation
     )
     model = _cross_attention(base, recipe) if recipe.method == "cross_attention" else _lora(base, recipe)
     trained = [weight for weight in model.parameters() if weight.requires_grad]
@@ -54,7 +48,7 @@ def build_model(recipe: Recipe) -> nn.Module:
 def _cross_attention(base: PreTrainedModel, recipe: Recipe) -> XCLlamaForCausalLM:
     encoder = None
     if recipe.model.encoder is not None:
-        encoder = AutoModel.from_pretrained(locate(recipe.model.encoder), dtype=base.dtype)
+        encoder = AutoModel.from_pretrained(find_model(recipe.model.encoder), dtype=base.dtype)
     model = XCLlamaForCausalLM.from_decoder(base, encoder=encoder, init=recipe.model.init, **recipe.model.config)
     if encoder is not None:
         train_encoder_layers(model, recipe.model.train_encoder)
@@ -82,7 +76,7 @@ def load_teacher(recipe: Recipe) -> nn.Module | None:
     """
     if not recipe.distillation.weight:
         return None
-    teacher = AutoModelForCausalLM.from_pretrained(locate(recipe.model.base), dtype=torch.bfloat16).eval()
+    teacher = AutoModelForCausalLM.from_pretrained(find_model(recipe.model.base), dtype=torch.bfloat16).eval()
     adapter = recipe.distillation.adapter
     if adapter is not None:
         if not (Path(adapter) / "adapter_config.json").is_file():

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from training.recipe import Recipe
+from training.recipe import Recipe, recipe_from_dict
 
 _OPTIONS = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
 _LOAD = StateDictOptions(full_state_dict=True, ignore_frozen_params=True, strict=False)
@@ -45,7 +45,8 @@ def open_run(folder: Path, recipe: Recipe, resume: bool) -> None:
     path = folder / "recipe.json"
     if path.is_file():
         other = json.loads(path.read_text())
-        if other["digest"] != recipe.digest:
+        # read anew: a field that recipes got since then has its default
+        if recipe_from_dict(other["recipe"]).digest != recipe.digest:
             raise ValueError(
                 f"{folder} holds a run of recipe {other['recipe']['name']!r} ({other['digest']}), not of "
                 f"{recipe.name!r} ({recipe.digest}); give another --run-folder. Nothing was overwritten."

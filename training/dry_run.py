@@ -6,7 +6,9 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from modeling_xcllama import XCLlamaForCausalLM
-from training.build import locate, parameter_counts, train_encoder_layers
+from modeling_xcllama.checkpoints import find_model
+from modeling_xcllama.modeling_xcllama import _config_of
+from training.build import parameter_counts, train_encoder_layers
 from training.recipe import Recipe
 
 # published shape of a gated model, so that its recipe can be planned without access
@@ -61,7 +63,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
 def _config(name: str):
     if name in _KNOWN_SHAPES:
         return AutoConfig.for_model("llama", **_KNOWN_SHAPES[name])
-    return AutoConfig.from_pretrained(locate(name))
+    return AutoConfig.from_pretrained(find_model(name))
 
 
 def _meta_model(recipe: Recipe) -> torch.nn.Module:
@@ -72,7 +74,9 @@ def _meta_model(recipe: Recipe) -> torch.nn.Module:
         base.requires_grad_(False)
         return get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **recipe.model.lora))
     encoder = None if recipe.model.encoder is None else AutoModel.from_config(_config(recipe.model.encoder))
-    model = XCLlamaForCausalLM.from_decoder(base, encoder=encoder, init="random", **recipe.model.config)
+    # from_decoder digests the weights, of which there are none here
+    model = XCLlamaForCausalLM(_config_of(base, encoder, recipe.model.config))
+    model.freeze_base()
     if encoder is not None:
         train_encoder_layers(model, recipe.model.train_encoder)
     return model

@@ -1,12 +1,9 @@
-"""A finished run as a folder to publish, and as a results file."""
+"""A finished run as a folder to publish, and a quick look at what it learned."""
 
-import datetime
 import importlib.metadata
 import json
 import os
 import platform
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +11,8 @@ import torch
 import yaml
 from torch import nn
 
-from training.build import load_processor, locate, parameter_counts
+from modeling_xcllama.checkpoints import find_model
+from training.build import load_processor, parameter_counts
 from training.checkpoints import checkpoints, write_json
 from training.curve import write_curve
 from training.evaluation import answer_losses, answer_questions, read_held_out
@@ -34,9 +32,9 @@ def export_model(recipe: Recipe, model: nn.Module, run_folder: Path, target: Pat
         if weight.requires_grad:
             weight.data = weight.data.to(torch.bfloat16)
     if recipe.method == "cross_attention":
-        model.config.base_model_name_or_path = recipe.model.base
+        model.config.base_model_name_or_path = recipe.run.base_id or recipe.model.base
         if recipe.model.encoder is not None:
-            model.config.encoder_name_or_path = recipe.model.encoder
+            model.config.encoder_name_or_path = recipe.run.encoder_id or recipe.model.encoder
         model.save_cross_attention(target)
     else:
         model.save_pretrained(target)
@@ -45,7 +43,7 @@ def export_model(recipe: Recipe, model: nn.Module, run_folder: Path, target: Pat
         _write(target / "chat_template.jinja", template)
     _write(target / "recipe.yaml", yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True))
     write_curve(run_folder / "log.jsonl", target, recipe.name)
-    origin = Path(locate(recipe.model.base)) / "SOURCE"
+    origin = Path(find_model(recipe.model.base)) / "SOURCE"
     write_json(
         target / "training.json",
         {
@@ -62,8 +60,8 @@ def export_model(recipe: Recipe, model: nn.Module, run_folder: Path, target: Pat
     )
 
 
-def write_results(recipe: Recipe, model: nn.Module, run_folder: Path, folder: Path, questions: int = 200) -> Path:
-    """Write training_NAME.json: the run, and a quick look at held-out questions with the right and a wrong context."""
+def quick_look(recipe: Recipe, model: nn.Module, run_folder: Path, questions: int = 200) -> dict[str, Any]:
+    """Figures of a run, and of held-out questions with the right and with a wrong context."""
     prompts = Prompts(load_processor(recipe))
     held_out = read_held_out(recipe.run.evaluate_source, questions, prompts)
     objective = Objective(model, recipe)
@@ -77,27 +75,15 @@ def write_results(recipe: Recipe, model: nn.Module, run_folder: Path, folder: Pa
             samples = list(zip(held_out.questions, predictions, held_out.answers, strict=True))[:24]
             figures["samples"] = [{"question": q, "prediction": p, "answers": a} for q, p, a in samples]
     lines = list(read_log(run_folder / "log.jsonl"))
-    path = folder / f"training_{recipe.name}.json"
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(
-        path,
-        {
-            "command": " ".join(["python", *sys.argv]),
-            "commit": _commit(),
-            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "machine": {"cpu": _cpu(), "threads": torch.get_num_threads(), "cores": os.cpu_count()},
-            "versions": _versions(),
-            "seed": recipe.seed,
-            "recipe": recipe.name,
-            "digest": recipe.digest,
-            "parameters": parameter_counts(model),
-            "step": _step(run_folder),
-            "training_seconds": max((line.get("seconds", 0.0) for line in lines), default=0.0),
-            "final_loss": next((line["loss"] for line in reversed(lines) if "loss" in line), None),
-            "held_out": {"source": recipe.run.evaluate_source, "questions": len(held_out.questions)} | figures,
-        },
-    )
-    return path
+    return {
+        "recipe": recipe.name,
+        "digest": recipe.digest,
+        "parameters": parameter_counts(model),
+        "step": _step(run_folder),
+        "training_seconds": max((line.get("seconds", 0.0) for line in lines), default=0.0),
+        "final_loss": next((line["loss"] for line in reversed(lines) if "loss" in line), None),
+        "held_out": {"source": recipe.run.evaluate_source, "questions": len(held_out.questions)} | figures,
+    }
 
 
 def _step(run_folder: Path) -> int:
@@ -109,21 +95,6 @@ def _step(run_folder: Path) -> int:
 
 def _versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
-
-
-def _commit() -> str:
-    """The commit of the working tree, marked when it has changes; "unknown" outside a checkout."""
-    try:
-        done = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return done.stdout.strip()
-
-
-def _cpu() -> str:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.is_file() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 def _write(path: Path, text: str) -> None:

@@ -146,7 +146,8 @@ def _maybe_no_sync(accelerator: Accelerator, objective: nn.Module, last: bool):
 
 
 def _check(value: torch.Tensor, step: int, batch: Batch, what: str) -> None:
-    if not torch.isfinite(torch.as_tensor(value)).all():
+    value = torch.as_tensor(value).detach()
+    if not value.isfinite().all():
         raise DivergedError(
             f"The {what} of step {step + 1} is {float(value)}. Examples: {', '.join(batch.keys)}. "
             "The last checkpoint is kept; lower `optimization.learning_rate` or look at these examples."

@@ -117,8 +117,17 @@ class DistillationSection:
 
 @dataclass(frozen=True)
 class RunSection:
-    """What does not change the weights: where and how often things are written."""
+    """What does not change the weights: where and how often things are written.
 
+    Args:
+        base_id, encoder_id: Hub ids to write into the exported config (None: `model.base`, `model.encoder`).
+        keep: newest checkpoints that are kept.
+        evaluate_steps: steps between two looks at held-out questions (0: none).
+        trackers: of accelerate, as "tensorboard" or "wandb".
+    """
+
+    base_id: str | None = None
+    encoder_id: str | None = None
     save_steps: int = 200
     keep: int = 2
     log_steps: int = 20

@@ -1,0 +1,121 @@
+"""Examples: what is asked of a passage, and that a step is a function of its number."""
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from training.examples import BUCKET_STEPS, ExamplePlan
+from training.label_free import LABEL_FREE, cloze, completion, infilling
+from training.passages import Passage, Question
+from training.recipe import recipe_from_dict
+
+PASSAGE = (
+    "Ada Lovelace was born in London on 10 December 1815. She met Charles Babbage at a party in June 1833. "
+    "Her notes on the Analytical Engine were published in Taylor's Scientific Memoirs. They hold what many call the "
+    "first computer program, seven steps long."
+)
+
+
+def recipe(**data):
+    """A recipe of all tasks over two sources."""
+    tasks = {"answer": 1, "question": 1, "cloze": 1, "completion": 1, "infilling": 1, "repetition": 1}
+    return recipe_from_dict(
+        {
+            "name": "tiny",
+            "model": {"base": "nowhere"},
+            "data": {"sources": {"drop": 1, "boolq": 1}, "tasks": tasks} | data,
+            "optimization": {"steps": 4, "passages_per_step": 4, "questions_per_passage": 2},
+        }
+    )
+
+
+def passages(count: int = 12) -> list[Passage]:
+    """Passages with one or two questions each, from two sources."""
+    made = []
+    for index in range(count):
+        source = "drop" if index % 2 else "boolq"
+        questions = [Question(f"What is {index}?", f"{index}", source), Question("Why?", "no reason", source)]
+        made.append(Passage(f"Passage {index}. {PASSAGE}", source, questions[: 1 + index % 2]))
+    return made
+
+
+@pytest.mark.parametrize("task", LABEL_FREE)
+def test_answers_stand_in_the_passage(task):
+    found = [LABEL_FREE[task](PASSAGE, random.Random(seed)) for seed in range(60)]
+    assert sum(pair is not None for pair in found) > 50
+    assert all(pair[1] in PASSAGE for pair in found if pair)
+
+
+def test_a_filled_blank_is_the_passage_again():
+    for seed in range(60):
+        text, answer = cloze(PASSAGE, random.Random(seed))
+        assert text.removeprefix("Fill in the blank: ").replace("____", answer) in PASSAGE
+
+
+def test_a_completion_goes_on_where_its_start_ends():
+    for seed in range(30):
+        start, end = completion(PASSAGE, random.Random(seed))
+        assert f"{start.removeprefix('Complete the sentence: ')} {end}" in PASSAGE
+
+
+def test_infilling_does_not_show_the_answer():
+    for seed in range(30):
+        text, answer = infilling(PASSAGE, random.Random(seed))
+        assert answer not in text
+
+
+@given(text=st.text(max_size=300), seed=st.integers(0, 1000), task=st.sampled_from(sorted(LABEL_FREE)))
+def test_any_text_gives_a_question_or_nothing(text, seed, task):
+    pair = LABEL_FREE[task](text, random.Random(seed))
+    assert pair is None or (pair[0].strip() and pair[1].strip())
+
+
+def test_steps_depend_on_their_number_alone():
+    first, second = ExamplePlan(passages(), recipe()), ExamplePlan(passages(), recipe())
+    forward = [first.step(number) for number in range(2 * BUCKET_STEPS)]
+    assert [second.step(number) for number in reversed(range(2 * BUCKET_STEPS))][::-1] == forward
+    assert forward[0] != forward[BUCKET_STEPS]
+    keys = [example.key for step in forward for group in step for example in group]
+    assert len(set(keys)) == len(keys)
+
+
+def test_every_step_has_its_passages_and_every_task_occurs():
+    plan = ExamplePlan(passages(), recipe())
+    seen = set()
+    for number in range(BUCKET_STEPS):
+        groups = plan.step(number)
+        assert len(groups) == 4
+        for group in groups:
+            assert 1 <= len(group) <= 2
+            assert len({example.passages for example in group}) == 1
+            seen |= {example.task for example in group}
+    assert seen == {"answer:drop", "answer:boolq", "question", "cloze", "completion", "infilling", "repetition"}
+
+
+def test_steps_hold_examples_of_similar_length():
+    plan = ExamplePlan(passages(), recipe())
+
+    def spread(groups):
+        lengths = [len(example.question) + len(example.answer) for group in groups for example in group]
+        return max(lengths) - min(lengths)
+
+    steps = [plan.step(number) for number in range(BUCKET_STEPS)]
+    mixed = [[step[0] for step in steps[start : start + 4]] for start in range(0, BUCKET_STEPS, 4)]
+    assert sum(map(spread, steps)) / len(steps) < sum(map(spread, mixed)) / len(mixed)
+
+
+def test_distractors_are_other_passages():
+    plan = ExamplePlan(passages(), recipe(distractors=3))
+    examples = [example for number in range(8) for group in plan.step(number) for example in group]
+    assert all(len(set(example.passages)) == 4 for example in examples)
+    # the right passage has no fixed place
+    assert len({example.passages[0] for example in examples}) > 4
+
+
+def test_answers_without_a_question_are_refused():
+    bare = [Passage(PASSAGE, "drop")]
+    with pytest.raises(ValueError, match="drop, boolq.*weight 0"):
+        ExamplePlan(bare, recipe())
+    assert ExamplePlan(bare, recipe(tasks={"cloze": 1})).step(0)
