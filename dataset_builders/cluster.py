@@ -21,7 +21,7 @@ from dataset_builders.hub import parse_hub_id
 from dataset_builders.reading import check_on_error, checked_rows, readable_records
 from dataset_builders.schema import Report
 from dataset_builders.settings import Settings
-from dataset_builders.sources import SOURCES, Source, get_source, terms
+from dataset_builders.sources import Source, get_source, terms
 from dataset_builders.splits import SPLITS
 from dataset_builders.writing import check_output, finished_folder, split_writers, write_text
 
