@@ -95,18 +95,21 @@ def find_tasks(config: EvaluatorConfig) -> tuple[TaskManager, list[str]]:
         ValueError: an unknown task.
     """
     own = [config.include_path] if isinstance(config.include_path, str) else list(config.include_path or [])
-    manager = TaskManager(include_path=[*own, str(TASKS)], metadata=config.metadata)
     asked = config.tasks.split(",") if isinstance(config.tasks, str) else config.tasks
-    names: list[str] = []
-    for task in asked:
-        matches = manager.match_tasks([task])
-        if not matches:
-            ours = sorted(name for name in manager.all_tasks if name.startswith("xc_"))
-            raise ValueError(f"task {task!r} is unknown; this project's are {', '.join(ours)} (all: `ls tasks`).")
-        for match in matches:
-            names += _leaves(manager, match)
-    if not names:
+    if not asked:
         raise ValueError("`--tasks` is empty; try `--tasks xc_offline`.")
+    # lm-eval's thousands of tasks take long to index: only when one of them is asked for
+    for include_defaults in (False, True):
+        manager = TaskManager(
+            include_path=[*own, str(TASKS)], include_defaults=include_defaults, metadata=config.metadata
+        )
+        matches = {task: manager.match_tasks([task]) for task in asked}
+        if all(matches.values()):
+            break
+    if unknown := [task for task, found in matches.items() if not found]:
+        ours = ", ".join(sorted(name for name in manager.all_tasks if name.startswith("xc_")))
+        raise ValueError(f"task {unknown[0]!r} is unknown; this project's are {ours} (all: `ls tasks`).")
+    names = [leaf for found in matches.values() for name in found for leaf in _leaves(manager, name)]
     return manager, list(dict.fromkeys(names))
 
 

@@ -110,7 +110,8 @@ def shared_prefix(rows: Sequence[Row], limits: Sequence[int]) -> int:
 def expanded(cache: DynamicCache, length: int, rows: int) -> DynamicCache:
     """A copy of the first `length` positions for `rows` rows."""
     cache = copy.deepcopy(cache)
-    cache.crop(length)
+    if (surplus := cache.get_seq_length() - length) > 0:
+        cache.crop(-surplus)
     cache.batch_repeat_interleave(rows)
     return cache
 

@@ -79,7 +79,7 @@ class XCLlamaLM(HFLM):
             pretrained = find_model(adapter["base_model_name_or_path"])
         self.context_mode, self.shuffle_seed, self._base = context_mode, int(shuffle_seed), base
         self.processor = None
-        super().__init__(pretrained, **options)
+        super().__init__(pretrained, **({"backend": "causal"} | options))
         if hasattr(self, "accelerator"):
             # HFLM takes these over on several GPUs only
             self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes

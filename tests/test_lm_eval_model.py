@@ -1,0 +1,329 @@
+"""The lm-eval model on a tiny checkpoint: against HFLM and the model called row by row; caches; refusals."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from lm_eval_tasks.contexts import contexts_of, other_contexts
+from lm_eval_tasks.model import XCLlamaLM
+from modeling_xcllama import XCLlamaForCausalLM
+
+CONTEXTS = ["Ann lives in Oslo.", "Bob has two red cars and a boat.", "The tower is 300 m high. It is old."]
+QUESTIONS = ["Where?", "Who has what?", "Where?", "How high is it?"]
+READS = [(0,), (1, 2), (2,), (0,)]
+TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<assistant>"
+GENERATION = {"until": ["\n"], "max_gen_toks": 6, "do_sample": False}
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate(["<pad>", "<s>", "</s>", *letters])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_max_length=512
+    )
+    fast.chat_template = TEMPLATE
+    return fast
+
+
+def save_base(folder, seed: int = 0) -> str:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=259,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    base = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for weight in base.parameters():
+            # large enough for answers to depend on what was read
+            weight.normal_(std=0.2) if weight.dim() == 2 else None
+    base.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    base = save_base(root / "base")
+    model = XCLlamaForCausalLM.from_decoder(base, context_layer=2, cross_attention_layers=[1, 2, 3])
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for name, weight in model.added_parameters():
+            weight.normal_(std=0.3) if weight.dim() == 2 else weight.fill_(1.0) if "gate" in name else None
+    model.save_cross_attention(root / "xc")
+    return SimpleNamespace(base=base, xc=str(root / "xc"), root=root)
+
+
+@pytest.fixture
+def lm(folders):
+    def build(mode: str = "cross", pretrained: str | None = None, batch_size: int = 3, **options) -> XCLlamaLM:
+        return XCLlamaLM(
+            pretrained or folders.xc, mode, device="cpu", dtype="float32", batch_size=batch_size, **options
+        )
+
+    return build
+
+
+@pytest.fixture
+def hflm(folders):
+    return HFLM(pretrained=folders.base, device="cpu", dtype="float32", batch_size=2)
+
+
+def document(index: int) -> dict:
+    return {"question": QUESTIONS[index], "contexts_list": [CONTEXTS[i] for i in READS[index]], "history": []}
+
+
+def requests(kind: str, arguments, task: str = "task") -> list[Instance]:
+    return [
+        Instance(kind, document(index), value, 0, metadata=(task, index, 1))
+        for index, value in ((index, arguments(index)) for index in range(len(QUESTIONS)))
+    ]
+
+
+def plain(index: int) -> str:
+    return f"Question: {QUESTIONS[index]}\nAnswer:"
+
+
+def expanded(index: int) -> str:
+    texts = "".join(CONTEXTS[i] + "\n\n" for i in READS[index])
+    return f"Question: {texts}{QUESTIONS[index]}\nAnswer:"
+
+
+def generation(prompt=plain) -> list[Instance]:
+    return requests("generate_until", lambda index: (prompt(index), dict(GENERATION)))
+
+
+def choices(prompt=plain) -> list[Instance]:
+    return [
+        request
+        for continuation in (" yes", " no", " x", " y", "")
+        for request in requests("loglikelihood", lambda index, c=continuation: (prompt(index), c or " Oslo."))
+    ]
+
+
+def close(ours, theirs) -> None:
+    assert [greedy for _, greedy in ours] == [greedy for _, greedy in theirs]
+    assert [value for value, _ in ours] == pytest.approx([value for value, _ in theirs], abs=1e-4)
+
+
+@pytest.mark.parametrize("pretrained", ["xc", "base"])
+@pytest.mark.parametrize("mode", ["prompt", "prompt_kv"])
+def test_prompt_modes_equal_hflm(lm, hflm, folders, mode, pretrained):
+    ours = lm(mode, getattr(folders, pretrained))
+    close(ours.loglikelihood(choices()), hflm.loglikelihood(choices(expanded)))
+    assert ours.generate_until(generation()) == hflm.generate_until(generation(expanded))
+
+
+def test_no_context_equals_hflm(lm, hflm):
+    ours = lm("none")
+    close(ours.loglikelihood(choices()), hflm.loglikelihood(choices()))
+    assert ours.generate_until(generation()) == hflm.generate_until(generation())
+    texts = requests("loglikelihood_rolling", lambda index: ("A text of many words. " * 40,))
+    assert ours.loglikelihood_rolling(texts) == pytest.approx(hflm.loglikelihood_rolling(texts), abs=1e-3)
+
+
+@torch.no_grad()
+def row_by_row(model, index: int, continuation: str) -> float:
+    """Log-likelihood from one call of the model for one row."""
+    processor, net = model.processor, model.model
+    inputs = processor(contexts=[CONTEXTS[i] for i in READS[index]], return_tensors="pt")
+    cache = net.encode_context(**inputs)
+    prompt, whole = model.tok_encode(plain(index)), model.tok_encode(plain(index) + continuation)
+    logits = net(torch.tensor([whole]), context_cache=cache.join([range(len(cache))])).logits[0]
+    return sum(logits[place - 1].log_softmax(-1)[whole[place]].item() for place in range(len(prompt), len(whole)))
+
+
+def test_cross_equals_the_model_called_row_by_row(lm):
+    ours = lm("cross")
+    found = ours.loglikelihood(choices())
+    expected = [row_by_row(ours, request.doc_id, request.args[1]) for request in choices()]
+    assert [value for value, _ in found] == pytest.approx(expected, abs=1e-4)
+    # the same question on other contexts is another request
+    assert abs(found[0][0] - found[2][0]) > 1e-3
+    assert found[0][0] != pytest.approx(lm("none").loglikelihood(choices())[0][0], abs=1e-3)
+
+
+def test_cross_generates_what_single_rows_generate(lm):
+    ours, single = lm("cross", batch_size=4), lm("cross", batch_size=1)
+    answers = ours.generate_until(generation())
+    assert answers == single.generate_until(generation())
+    inputs = ours.processor(contexts=[CONTEXTS[0]], return_tensors="pt")
+    ids = torch.tensor([ours.tok_encode(plain(0))])
+    output = ours.model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False,
+        context_cache=ours.model.encode_context(**inputs),
+    )  # fmt: skip
+    assert ours.tok_decode(output[0, ids.shape[1] :]).split("\n")[0] == answers[0]
+
+
+def test_rolling_reads_the_context(lm, hflm):
+    texts = requests("loglikelihood_rolling", lambda index: ("Ann lives in Oslo.",))
+    cross, prompt, none = (lm(mode).loglikelihood_rolling(texts) for mode in ("cross", "prompt", "none"))
+    assert cross[0] != pytest.approx(none[0], abs=1e-3)
+    assert cross[0] == pytest.approx(cross[3], abs=1e-4)
+    assert prompt == pytest.approx(lm("prompt_kv").loglikelihood_rolling(texts), abs=1e-3)
+    assert prompt[0] != pytest.approx(none[0], abs=1e-3)
+    assert all(math.isfinite(value) for value in cross)
+
+
+def count_encoded(monkeypatch, model) -> list[int]:
+    counts, encode = [], model.model.encode_context
+
+    def counting(ids, mask=None):
+        counts.append(len(ids))
+        return encode(ids, mask)
+
+    monkeypatch.setattr(model.model, "encode_context", counting)
+    return counts
+
+
+def test_each_context_is_encoded_once_and_kept_on_disk(lm, tmp_path, monkeypatch):
+    first = lm(context_cache_dir=str(tmp_path / "kept"))
+    counts = count_encoded(monkeypatch, first)
+    answers = first.generate_until(generation())
+    scores = first.loglikelihood(choices())
+    assert sum(counts) == len(CONTEXTS)
+    assert [answer.cost.cache_hit for answer in answers] == [False, False, True, True]
+    assert all(score.cost.cache_hit for score in scores)
+    second = lm(context_cache_dir=str(tmp_path / "kept"))
+    counts = count_encoded(monkeypatch, second)
+    again = second.generate_until(generation())
+    assert counts == []
+    assert again == answers
+    assert all(answer.cost.cache_hit for answer in again)
+    assert second.get_model_info()["contexts_from_folder"] == len(CONTEXTS)
+
+
+def test_a_folder_of_another_model_or_dtype_is_refused(lm, folders, tmp_path):
+    lm(context_cache_dir=str(tmp_path / "kept")).generate_until(generation())
+    with pytest.raises(ValueError, match="holds contexts with dtype 'float32'.*'int8'"):
+        lm(context_cache_dir=str(tmp_path / "kept"), cache_dtype="int8")
+    other = XCLlamaForCausalLM.from_decoder(save_base(tmp_path / "other", seed=9), context_layer=2)
+    other.save_cross_attention(tmp_path / "other_xc")
+    with pytest.raises(ValueError, match="context_cache_dir.*fingerprint"):
+        lm(pretrained=str(tmp_path / "other_xc"), context_cache_dir=str(tmp_path / "kept"))
+
+
+def test_cost_of_an_answer(lm):
+    full = lm().generate_until(generation())
+    tokens = [sum(len(CONTEXTS[i].encode()) for i in reads) for reads in READS]
+    assert [answer.cost.context_tokens for answer in full] == tokens
+    assert [answer.cost.cache_bytes for answer in full] == [count * 32 * 4 for count in tokens]
+    assert [answer.cost.prompt_tokens for answer in full] == [len(plain(index)) for index in range(4)]
+    for answer in full:
+        assert 1 <= answer.cost.generated_tokens <= 6
+        assert answer.cost.time_to_first_token > 0
+    sizes = {
+        dtype: lm(cache_dtype=dtype).generate_until(generation())[0].cost.cache_bytes
+        for dtype in ("bfloat16", "int8", "int4")
+    }
+    assert full[0].cost.cache_bytes == 2 * sizes["bfloat16"] > 2 * sizes["int8"] > 2 * sizes["int4"]
+    prefix = lm("prompt_kv").generate_until(generation())
+    # two of keys and values, 4 layers, 2 heads, width 8, 4 bytes
+    head = len("Question: ") + len(CONTEXTS[0]) + 2
+    assert prefix[0].cost.cache_bytes == head * 2 * 4 * 2 * 8 * 4
+    assert [answer.cost.cache_hit for answer in prefix] == [False, False, False, True]
+    assert prefix[0].cost.context_tokens == len(CONTEXTS[0]) + 2
+
+
+def test_quantized_caches_change_little(lm):
+    exact = [value for value, _ in lm().loglikelihood(choices())]
+    int8 = [value for value, _ in lm(cache_dtype="int8").loglikelihood(choices())]
+    assert int8 != exact
+    assert int8 == pytest.approx(exact, abs=0.5)
+
+
+def test_shuffled_contexts_are_those_of_another_document(lm):
+    instances = generation()
+    other = other_contexts(instances, seed=0)
+    assert other == other_contexts(instances, seed=0)
+    for request, texts in zip(instances, other, strict=True):
+        assert not set(texts) & set(contexts_of(request))
+        assert texts in {contexts_of(each) for each in instances}
+    shuffled = lm("cross_shuffled").loglikelihood(choices())
+    cross = lm("cross").loglikelihood(choices())
+    assert all(abs(wrong[0] - right[0]) > 1e-5 for wrong, right in zip(shuffled, cross, strict=True))
+
+
+def test_shuffling_needs_another_document():
+    with pytest.raises(ValueError, match="no other context for document 0"):
+        other_contexts(generation()[:1], seed=0)
+
+
+def test_peft_adapter_in_prompt_mode(lm, folders, tmp_path, hflm):
+    from peft import LoraConfig, get_peft_model
+
+    base = LlamaForCausalLM.from_pretrained(folders.base)
+    adapter = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=4, init_lora_weights=False))
+    adapter.save_pretrained(tmp_path / "adapter")
+    theirs = HFLM(pretrained=folders.base, peft=str(tmp_path / "adapter"), device="cpu", dtype="float32")
+    for ours in (lm("prompt", str(tmp_path / "adapter")), lm("prompt", folders.base, peft=str(tmp_path / "adapter"))):
+        close(ours.loglikelihood(choices()), theirs.loglikelihood(choices(expanded)))
+    assert theirs.loglikelihood(choices()[:1])[0] != hflm.loglikelihood(choices()[:1])[0]
+
+
+def test_long_prompts_are_refused_or_cut(lm):
+    long = generation()
+    long[1].doc["contexts_list"] = ["word " * 200]
+    with pytest.raises(ValueError, match="document 1 of task 'task' has .* tokens.*truncation=True"):
+        lm("prompt").generate_until(long)
+    answers = lm("prompt", truncation=True).generate_until(long)
+    assert answers[1].cost.prompt_tokens <= 512 - 6
+    assert answers[1].cost.context_tokens > 300
+    assert answers[0] == lm("prompt").generate_until(generation())[0]
+    # the cache has no such limit
+    assert lm("cross").generate_until(long)[1].cost.context_tokens == 1000
+
+
+def test_chat_template_of_a_checkpoint_goes_first(lm, folders, tmp_path):
+    import shutil
+
+    shutil.copytree(folders.xc, tmp_path / "xc")
+    (tmp_path / "xc" / "chat_template.jinja").write_text("{{ messages[0]['content'] }}!")
+    assert lm(pretrained=str(tmp_path / "xc")).apply_chat_template([{"role": "user", "content": "Hi"}]) == "Hi!"
+    assert lm().apply_chat_template([{"role": "user", "content": "Hi"}]) == "<user>Hi<assistant>"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"mode": "crosswise"}, "`context_mode` must be one of cross, cross_shuffled, prompt"),
+        ({"mode": "prompt", "cache_dtype": "int8"}, "leave them out with context_mode=prompt"),
+        ({"cache_dtype": "int2"}, "`cache_dtype` must be one of auto"),
+        ({"batch_size": "auto"}, "`batch_size` must be a number"),
+        ({"mode": "cross", "pretrained": "base"}, "needs a model with cross-attention"),
+        ({"mode": "prompt", "pretrained": "base", "base": "x"}, "`base` is for folders of added weights"),
+    ],
+)
+def test_bad_arguments(lm, folders, arguments, message):
+    if "pretrained" in arguments:
+        arguments = arguments | {"pretrained": getattr(folders, arguments["pretrained"])}
+    with pytest.raises(ValueError, match=message):
+        lm(**arguments)
+
+
+def test_documents_without_contexts_or_question(lm):
+    bare = generation()
+    bare[2].doc["contexts_list"] = []
+    with pytest.raises(ValueError, match="document 2 of task 'task' has no contexts.*context_mode=none"):
+        lm().generate_until(bare)
+    strange = generation(lambda index: "nothing of the kind")
+    with pytest.raises(ValueError, match="does not hold its `question`"):
+        lm("prompt").generate_until(strange)
