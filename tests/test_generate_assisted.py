@@ -34,7 +34,9 @@ def sharpen(model):
 
 def build_model(base: LlamaForCausalLM, seed: int = 0, **fields) -> XCLlamaForCausalLM:
     torch.manual_seed(seed)
-    model = XCLlamaForCausalLM.from_decoder(base, init="random", cross_attention_gate=None, **fields)
+    model = XCLlamaForCausalLM.from_decoder(
+        base, init="random", cross_attention_gate=None, **({"cross_attention_layers": [1, 3]} | fields)
+    )
     with torch.no_grad():
         for _, weight in model.added_parameters():
             if weight.dim() > 1:

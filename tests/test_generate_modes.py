@@ -38,7 +38,9 @@ def build_model(seed: int = 0, **fields) -> XCLlamaForCausalLM:
         pad_token_id=0,
     )
     base = LlamaForCausalLM(config).eval()
-    model = XCLlamaForCausalLM.from_decoder(base, init="random", cross_attention_gate=None, **fields)
+    model = XCLlamaForCausalLM.from_decoder(
+        base, init="random", cross_attention_gate=None, **({"cross_attention_layers": [1, 3]} | fields)
+    )
     with torch.no_grad():
         for name, weight in model.named_parameters():
             # weights so large that every token, and every context, changes what is written
