@@ -8,22 +8,14 @@ when decode asks for more than 1.05 times the bytes it must read. Run without TR
 """
 
 import argparse
-import json
-import os
-import platform
-import shlex
-import subprocess
 import sys
-import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
-import torch
-import triton
 from ahead_of_time import TARGETS, inspect
+from provenance import provenance, write_json
 from traffic import CHIPS, Shape, decode_traffic, forward_traffic
 from variants import DTYPES, KERNELS, Variant, all_variants, attention_tensors, one_variant_a_kernel
 from xcllama_kernels.decode import plan_decode
@@ -31,7 +23,6 @@ from xcllama_kernels.forward import plan_forward
 from xcllama_kernels.launch import INTERPRETED
 
 WITHOUT_PRODUCTS = ("combine_kernel", "inverse_rms_kernel")
-ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def problems(record: dict) -> list[str]:
@@ -106,30 +97,6 @@ def rooflines() -> list[dict[str, object]]:
     return table
 
 
-def provenance() -> dict[str, object]:
-    """Where, when and with what the run was made."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    changed = subprocess.run(["git", "status", "--short", "kernels"], cwd=ROOT, capture_output=True, text=True).stdout
-    return {
-        "command": shlex.join(["python", "kernels/benchmarks/inspect_kernels.py", *sys.argv[1:]]),
-        "commit": commit or None,
-        "uncommitted_changes": bool(changed),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, no GPU used",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__},
-        "seed": None,
-    }
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Write whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".json", delete=False) as file:
-        json.dump(content, file, indent=1)
-        file.write("\n")
-    os.replace(file.name, path)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--output", type=Path, required=True)
@@ -148,7 +115,8 @@ def main() -> int:
     with ProcessPoolExecutor(arguments.jobs) as pool:
         records = [record for chip in pool.map(inspect_chip, arguments.targets) for record in chip]
     broken = sum(bool(record["problems"]) for record in records)
-    run = provenance() | {"seconds": round(time.monotonic() - start, 1), "num_kernels": len(records), "broken": broken}
+    run = provenance(Path(__file__), "no GPU used")
+    run |= {"seconds": round(time.monotonic() - start, 1), "num_kernels": len(records), "broken": broken}
     write_json(arguments.output, run | {"kernels": records, "rooflines": rooflines()})
     print(f"{len(records)} variants compiled, {broken} break a rule; wrote {arguments.output}")
     return 1 if broken else 0

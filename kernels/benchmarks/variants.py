@@ -135,7 +135,7 @@ def projection_variants(target: Target, name: str, bits: int) -> Iterator[Varian
 
 
 def all_variants(target: Target) -> Iterator[Variant]:
-    """Every configuration of every kernel: bf16 in full, fp32 quantized for head size 64 only, fp16 for head size 64."""
+    """Every configuration of every kernel: bf16 in full, fp32 quantized and fp16 for head size 64 only."""
     for name in DTYPES:
         for head_dim in HEAD_DIMS if name != "fp16" else (64,):
             for bits in BITS if name == "bf16" or head_dim == 64 else (0,):
