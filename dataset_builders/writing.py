@@ -18,7 +18,7 @@ from dataset_builders.schema import FEATURES, Row
 from dataset_builders.splits import SPLITS
 
 TABLE = "build.json"
-_GROUP_ROWS, _GROUP_CHARACTERS = 1000, 4_000_000
+_GROUP_ROWS, _GROUP_CHARACTERS = 1000, 1_000_000
 SHARD_BYTES = 500_000_000
 
 
