@@ -23,6 +23,7 @@ def main() -> int:
     parser.add_argument("--run-folder", type=Path, help="where checkpoints and the log go (default: runs/NAME)")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the run folder")
     parser.add_argument("--dry-run", action="store_true", help="print parameters, memory and steps, train nothing")
+    parser.add_argument("--no-training", action="store_true", help="export the newest checkpoint as it is")
     parser.add_argument("--export", type=Path, help="write the trained weights, recipe and curve to this folder")
     parser.add_argument(
         "--results", type=Path, help="write a results file, with a quick held-out evaluation, to this folder"
@@ -44,11 +45,11 @@ def main() -> int:
 
 def _train(recipe, arguments: argparse.Namespace) -> int:
     from training.loop import DivergedError
-    from training.run import run_recipe
+    from training.run import load_run, run_recipe
 
     folder = arguments.run_folder or Path("runs") / recipe.name
     try:
-        model = run_recipe(recipe, folder, arguments.resume)
+        model = load_run(recipe, folder) if arguments.no_training else run_recipe(recipe, folder, arguments.resume)
     except DivergedError as error:
         print(f"error: {error}", file=sys.stderr)
         return 3
@@ -58,7 +59,7 @@ def _train(recipe, arguments: argparse.Namespace) -> int:
         if arguments.export:
             export_model(recipe, model, folder, arguments.export)
         if arguments.results:
-            figures = quick_look(recipe, model, folder)
+            figures = quick_look(recipe, model, folder, arguments.questions)
             write_result(arguments.results / f"training_{recipe.name}.json", figures, recipe.seed)
     return 0
 

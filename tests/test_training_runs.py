@@ -14,19 +14,21 @@ import yaml
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.nn import functional
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from modeling_xcllama import XCLlamaForCausalLM
+from modeling_xcllama.checkpoints import load_checkpoint as load_checkpoint_folder
 from training.build import build_model, load_processor
 from training.checkpoints import checkpoints, load_checkpoint
 from training.examples import ExamplePlan
 from training.export import export_model, quick_look
+from training.least_squares import fit_key_value
 from training.loop import DivergedError, Setup, make_accelerator, read_log, train
 from training.objectives import Objective
 from training.passages import read_passages
 from training.prompts import Prompts
 from training.recipe import Recipe, recipe_from_dict
-from training.run import batches_of, make_collator, run_recipe
+from training.run import batches_of, load_run, make_collator, reads_stored_states, run_recipe
 from training.stored_states import StoredStates, encode_in_memory, store_states
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "train.py"
@@ -146,6 +148,52 @@ def test_gradients_reach_every_added_weight_and_no_other(make_recipe):
     for name, weight in objective.model.named_parameters():
         added = "cross_attention_blocks" in name or "context_projections" in name
         assert (weight.grad is not None and bool(weight.grad.abs().sum() > 0)) == added, name
+
+
+def test_a_trained_encoder_learns_in_its_layers_only(make_recipe, tmp_path):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    BertModel(BertConfig(vocab_size=257, max_position_embeddings=256, **sizes)).save_pretrained(tmp_path / "encoder")
+    tiny_tokenizer().save_pretrained(tmp_path / "encoder")
+    model = {"encoder": str(tmp_path / "encoder"), "train_encoder": True, "config": {"cross_attention_layers": [1, 3]}}
+    values = make_recipe(optimization={"context_dropout": 0}).to_dict()
+    recipe = recipe_from_dict(values | {"model": values["model"] | model})
+    assert not reads_stored_states(recipe)
+    prompts, passages = Prompts(load_processor(recipe)), read_passages(recipe.data, recipe.seed)
+    ids = [prompts.context_ids(passage.text) for passage in passages]
+    objective = Objective(build_model(recipe), recipe).eval()
+    collator = make_collator(recipe, prompts, [passage.text for passage in passages], ids, None)
+    examples = [example for group in ExamplePlan(passages, recipe).step(0) for example in group]
+    batch = collator(examples)
+    losses = objective(batch)
+    losses.objective.backward()
+    for name, weight in objective.model.model.encoder.named_parameters():
+        assert (weight.grad is not None) == ("embedding" not in name), name
+    contexts = prompts.processor(contexts=[passages[e.passages[0]].text for e in examples], return_tensors="pt")
+    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    logits = objective.model(**inputs, context_cache=objective.model.encode_context(**contexts)).logits[:, :-1]
+    answer = batch.answer_mask[:, 1:]
+    expected = functional.cross_entropy(logits[answer], batch.input_ids[:, 1:][answer], reduction="sum")
+    torch.testing.assert_close(losses.answer, expected, rtol=1e-4, atol=1e-4)
+    before = objective.model.model.encoder.state_dict()
+    trained = run_recipe(recipe, tmp_path / "run").model.encoder.state_dict()
+    changed = {name for name in before if not torch.equal(before[name], trained[name])}
+    assert changed
+    assert all(name.startswith("encoder.layer") for name in changed)
+
+
+def test_least_squares_reproduces_the_keys_of_the_layer_that_follows(make_recipe):
+    recipe = make_recipe()
+    prompts, passages = Prompts(load_processor(recipe)), read_passages(recipe.data, recipe.seed)
+    model = build_model(recipe)
+    ids = [prompts.context_ids(passage.text) for passage in passages]
+    scores = fit_key_value(model, ids)
+    # the block after layer 1 reads the very states that layer 2 starts from
+    assert scores[1] > 0.99
+    assert scores[1] >= scores[3] > 0
+    shared = make_recipe(model={"config": {"cross_attention_share_key_value": True, "cross_attention_layers": [1, 3]}})
+    with pytest.raises(ValueError, match="least_squares_passages.*set it to 0"):
+        fit_key_value(build_model(shared), ids)
 
 
 def test_question_loss_counts_the_question(make_recipe):
@@ -400,6 +448,7 @@ def test_export_holds_what_a_reader_needs(make_recipe, tmp_path):
     assert figures["step"] == 12
     assert set(figures["held_out"]) >= {"right_context", "wrong_context", "answer_loss", "samples"}
     target = tmp_path / "out"
+    unrounded = {name: weight.detach().clone() for name, weight in model.added_parameters()}
     export_model(recipe, model, tmp_path / "run", target)
     assert {path.name for path in target.iterdir()} == {
         "chat_template.jinja",
@@ -412,7 +461,25 @@ def test_export_holds_what_a_reader_needs(make_recipe, tmp_path):
     }
     assert {tensor.dtype for tensor in load_file(target / "cross_attention.safetensors").values()} == {torch.bfloat16}
     assert recipe_from_dict(yaml.safe_load((target / "recipe.yaml").read_text())).digest == recipe.digest
+    assert equal(dict(load_run(recipe, tmp_path / "run").added_parameters()), unrounded)
     fresh = build_model(recipe)
     fresh.load_cross_attention(target)
     for (name, old), (_, new) in zip(model.added_parameters(), fresh.added_parameters(), strict=True):
         torch.testing.assert_close(new, old.float(), msg=name)
+
+
+@pytest.mark.slow
+def test_the_smoke_recipe_runs_through(smollm2_folder, tmp_path):
+    recipe = SCRIPT.parent.parent / "training" / "recipes" / "smoke.yaml"
+    command = [sys.executable, str(SCRIPT), "--recipe", str(recipe), "--run-folder", str(tmp_path / "run")]
+    command += ["--export", str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    model, processor = load_checkpoint_folder(tmp_path / "out")
+    cache = model.encode_context(**processor(contexts=["The boat is red."], return_tensors="pt"))
+    assert (
+        model.generate(
+            **processor(text="What colour is it?", return_tensors="pt"), context_cache=cache, max_new_tokens=4
+        ).shape[0]
+        == 1
+    )

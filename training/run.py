@@ -10,6 +10,7 @@ from torch import nn
 
 from dataset_builders.wheels import cache_folder
 from training.build import build_model, load_processor, load_teacher, parameter_counts
+from training.checkpoints import load_checkpoint, open_run
 from training.collator import Batch, Collator
 from training.evaluation import HeldOut, answer_losses, read_held_out
 from training.examples import Example, ExamplePlan
@@ -47,6 +48,19 @@ def run_recipe(recipe: Recipe, folder: Path, resume: bool = False) -> nn.Module:
     plan = ExamplePlan(passages, recipe)
     setup = Setup(objective, batches_of(plan, collator, accelerator, recipe), _evaluator(recipe, prompts, model))
     train(recipe, folder, setup, accelerator, resume)
+    return model
+
+
+def load_run(recipe: Recipe, folder: Path) -> nn.Module:
+    """The model of a run as its newest checkpoint has it, finished or not.
+
+    Raises:
+        ValueError: no checkpoint, or a run of another recipe.
+    """
+    open_run(folder, recipe, resume=True)
+    model = build_model(recipe)
+    if not load_checkpoint(folder, Objective(model, recipe)):
+        raise ValueError(f"{folder} holds no checkpoint yet; train first.")
     return model
 
 
