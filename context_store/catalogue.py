@@ -114,6 +114,11 @@ class Catalogue:
         with self.lock:
             self._connection.close()
 
+    def check_writable(self) -> None:
+        """Raise a ValueError if the catalogue was opened read-only."""
+        if self.read_only:
+            raise ValueError(f"{self.path.parent} is open read-only; open it with `read_only=False` to change it.")
+
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
         """All or nothing, one writer at a time, on disk when it ends.
@@ -121,8 +126,7 @@ class Catalogue:
         Raises:
             OSError: the disk is full, or the file cannot be written.
         """
-        if self.read_only:
-            raise ValueError(f"{self.path.parent} is open read-only; open it with `read_only=False` to change it.")
+        self.check_writable()
         with self.lock:
             connection = self._connection
             try:

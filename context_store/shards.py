@@ -85,6 +85,13 @@ def document_checksums(cache: ContextCache) -> list[bytes]:
     return [checksum(data[start * size : end * size] for data, size in raw) for start, end in spans]
 
 
+def _umask() -> int:
+    # the umask can only be read by setting it; /proc tells it without
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((int(line.split()[1], 8) for line in lines if line.startswith("Umask:")), 0o022)
+
+
 def write_shard(path: Path, cache: ContextCache) -> tuple[int, bytes]:
     """Write a shard durably: temporary file, fsync, rename, fsync of the folder.
 
@@ -96,6 +103,8 @@ def write_shard(path: Path, cache: ContextCache) -> tuple[int, bytes]:
     """
     try:
         cache.save(path)
+        # safetensors makes files that only their owner may read
+        path.chmod(0o666 & ~_umask())
     except OSError:
         raise
     except Exception as error:

@@ -187,6 +187,7 @@ class ContextStore(ReadableStore):
             ValueError: no model, counts that differ, or a document that cannot be encoded.
             OSError: the disk is full; what an earlier call added is untouched.
         """
+        self.catalogue.check_writable()
         if self.model is None:
             raise ValueError("this store was opened without `model` and `processor`: it cannot encode.")
         ids, texts = ([ids] if isinstance(ids, str) else ids), ([texts] if isinstance(texts, str) else texts)
@@ -277,6 +278,7 @@ class ContextStore(ReadableStore):
 
     def _write(self, pending: PendingShard) -> None:
         """Write the waiting documents to a shard and enter them into the catalogue: from then on they are served."""
+        self.catalogue.check_writable()
         if not pending.rows:
             return
         name, cache = eviction.new_shard_name(), pending.cache(self.fingerprint)
@@ -376,6 +378,7 @@ class ContextStore(ReadableStore):
 
     def compact(self) -> int:
         """Join small shards and drop what dead documents hold; returns the bytes of shards won back."""
+        self.catalogue.check_writable()
         return eviction.compact(self.catalogue, self.folder, self.shard_bytes)
 
     # damage
