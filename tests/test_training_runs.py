@@ -19,6 +19,7 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, P
 from modeling_xcllama import XCLlamaForCausalLM
 from modeling_xcllama.checkpoints import load_checkpoint as load_checkpoint_folder
 from training.build import build_model, load_processor
+from training.card import write_card
 from training.checkpoints import checkpoints, load_checkpoint
 from training.examples import ExamplePlan
 from training.export import export_model, quick_look
@@ -459,6 +460,13 @@ def test_export_holds_what_a_reader_needs(make_recipe, tmp_path):
         "recipe.yaml",
         "training.json",
     }
+    write_card(recipe, target)
+    assert "Not measured." in (target / "README.md").read_text()
+    (tmp_path / "figures.json").write_text(json.dumps(figures))
+    write_card(recipe, target, tmp_path / "figures.json")
+    card = (target / "README.md").read_text()
+    assert f"{figures['held_out']['wrong_context']['f1']:.3f}" in card
+    assert recipe.digest in card
     assert {tensor.dtype for tensor in load_file(target / "cross_attention.safetensors").values()} == {torch.bfloat16}
     assert recipe_from_dict(yaml.safe_load((target / "recipe.yaml").read_text())).digest == recipe.digest
     assert equal(dict(load_run(recipe, tmp_path / "run").added_parameters()), unrounded)
