@@ -67,10 +67,17 @@ class QuantizedTensor:
 
 
 def quantize(states: Tensor, bits: int) -> QuantizedTensor:
-    """Quantize `states` `[num_tokens, heads, dim]` per token and head (8 bits) or group of channels (4 bits)."""
+    """Quantize `states` `[num_tokens, heads, dim]` per token and head (8 bits) or group of channels (4 bits).
+
+    Raises:
+        ValueError: values that scales and zeros of 16 bit cannot reach.
+    """
     states = states.float()
     # 16-bit scales: keep them in the normal range of float16, and finite
     tiny, huge = 2.0**-14, 65504.0
+    most = huge * (127 if bits == 8 else 1)
+    if states.numel() and not (largest := max(map(abs, states.aminmax()))) <= most:
+        raise ValueError(f"{bits}-bit states must lie within {most:g}, got {largest:g}; keep 16 bits.")
     if bits == 8:
         scale = (states.abs().amax(-1) / 127).clamp(tiny, huge).to(torch.float16)
         data = (states / scale.float().unsqueeze(-1)).round().clamp(-127, 127).to(torch.int8)
