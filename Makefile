@@ -18,10 +18,10 @@ demo: models
 	$(BIN)/python scripts/demo.py
 
 test: models
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -q
 
 test-slow: models
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q -m slow
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=2 $(BIN)/pytest -q -m slow
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

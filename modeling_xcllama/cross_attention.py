@@ -9,6 +9,7 @@ import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -19,6 +20,12 @@ logger = logging.get_logger(__name__)
 
 # tokens dequantized at a time
 BLOCK_TOKENS = 2048
+
+
+@lru_cache(maxsize=256)
+def _int32(values: tuple[int, ...], device: torch.device) -> Tensor:
+    # kernels check the ranges of a tensor once: layers and steps must share it
+    return torch.tensor(values, dtype=torch.int32, device=device)
 
 
 @dataclass(frozen=True)
@@ -51,11 +58,8 @@ class ContextRows:
         return [span for span in spans if span[0] < span[1]]
 
     def tensors(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """`offsets` and `context_index` as int32 tensors on `device`."""
-        return (
-            torch.tensor(self.offsets, dtype=torch.int32, device=device),
-            torch.tensor(self.context_index, dtype=torch.int32, device=device),
-        )
+        """`offsets` and `context_index` as int32 tensors on `device`, the same objects at every call."""
+        return _int32(self.offsets, device), _int32(self.context_index, device)
 
 
 def _fold(query: Tensor, num_key_value_heads: int) -> Tensor:

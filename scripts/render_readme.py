@@ -1,0 +1,153 @@
+"""Fill the tables of README.md from configs and results/*.json; `--check` only compares.
+
+    python scripts/render_readme.py [--check]
+
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`; what is not measured yet says so.
+"""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+import torch
+from transformers import BertConfig
+
+from modeling_xcllama import ContextCache, XCLlamaConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+# shapes of the published configs: layers, query heads, key/value heads, head size, hidden size
+DECODERS = {
+    "Llama-2-7B": (32, 32, 32, 128, 4096),
+    "Llama-3-8B": (32, 32, 8, 128, 4096),
+    "SmolLM2-135M": (30, 9, 3, 64, 576),
+}
+MINILM_WIDTH = 384
+
+
+def decoder_config(name: str, **fields) -> XCLlamaConfig:
+    """The config of an XC model on one of `DECODERS`."""
+    layers, heads, groups, head_dim, hidden = DECODERS[name]
+    return XCLlamaConfig(
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=groups,
+        head_dim=head_dim,
+        hidden_size=hidden,
+        **fields,
+    )
+
+
+def cache_bytes(config: XCLlamaConfig, dtype: str = "bfloat16") -> float:
+    """Bytes a token of a cache of this model, measured on one: scales included."""
+    shape = (1, config.cross_attention_num_key_value_heads, config.cross_attention_head_dim)
+    if config.context_layout == "condensed":
+        states = {name: torch.zeros(shape, dtype=torch.bfloat16) for name in ("key", "value")}
+    else:
+        states = {"hidden": torch.zeros(1, config.context_width, dtype=torch.bfloat16)}
+    cache = ContextCache(states, (0, 1), torch.zeros(1, dtype=torch.int32), "")
+    return (cache if dtype == "bfloat16" else cache.quantize(dtype)).bytes_per_token
+
+
+def key_value_bytes(config: XCLlamaConfig) -> int:
+    """Bytes a token of the decoder's own KV cache in 16 bit."""
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 2
+
+
+def bytes_table() -> str:
+    """Bytes a token of every kind of cache, and its share of the KV cache."""
+    encoder = BertConfig(hidden_size=MINILM_WIDTH)
+    rows = {"KV cache, 16 bit": lambda name: key_value_bytes(decoder_config(name))}
+    kinds = {
+        "hidden": {},
+        "condensed": {"cross_attention_share_key_value": True},
+        "hidden, MiniLM encoder": {"encoder_config": encoder},
+    }
+    for label, fields in kinds.items():
+        for dtype in ("bfloat16", "int8", "int4"):
+            rows[f"{label}, {dtype}"] = lambda name, fields=fields, dtype=dtype: cache_bytes(
+                decoder_config(name, **fields), dtype
+            )
+    lines = ["| cache | " + " | ".join(DECODERS) + " |", "|---|" + "---:|" * len(DECODERS)]
+    for label, measure in rows.items():
+        cells = []
+        for name in DECODERS:
+            size, full = measure(name), key_value_bytes(decoder_config(name))
+            cells.append(f"{size:,.0f}" + ("" if size == full else f" ({100 * size / full:.1f} %)"))
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def read_result(name: str) -> dict | None:
+    """results/NAME.json, None where it was not measured yet."""
+    path = ROOT / "results" / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def source(name: str, result: dict) -> str:
+    """One line that says where a table comes from."""
+    run = result["provenance"]
+    made = f"`{run['command']}`, commit {run['commit'][:10]}, {run['date'][:10]}, {run['machine']}"
+    return f"\n`results/{name}.json`: {made}."
+
+
+def demo_table() -> str:
+    """The figures and answers of `make demo`."""
+    result = read_result("demo")
+    if result is None:
+        return "Not measured yet: `python scripts/demo.py --json results/demo.json`."
+    lines = [
+        "| passage | tokens | cache file | KV cache | first token from the cache | with the passage in the prompt | ratio |",
+        "|---|" + "---:|" * 6,
+    ]
+    for row in result["passages"]:
+        cache, prompt = row["first_token_from_cache_seconds"], row["first_token_from_prompt_seconds"]
+        lines.append(
+            f"| {row['passage']} | {row['tokens']:,} | {row['file_bytes'] / 1024:,.0f} KiB "
+            f"| {row['kv_cache_bytes'] / 1024:,.0f} KiB | {1000 * cache:,.0f} ms | {1000 * prompt:,.0f} ms "
+            f"| {prompt / cache:.1f} |"
+        )
+    lines += ["", "| question | expected | answer from the cache |", "|---|---|---|"]
+    for row in result["passages"]:
+        for item in row["answers"]:
+            answer = item["answer"].replace("\n", " ").replace("|", "\\|")
+            lines.append(f"| {item['question']} | {item['expected']} | {answer} |")
+    return "\n".join(lines) + "\n" + source("demo", result)
+
+
+TABLES = {"bytes": bytes_table, "demo": demo_table}
+
+
+def render(text: str) -> str:
+    """`text` with every table made anew.
+
+    Raises:
+        ValueError: a table that this script does not know.
+    """
+
+    def fill(match: re.Match) -> str:
+        name = match.group(1)
+        if name not in TABLES:
+            raise ValueError(f"README names the table {name!r}; known are {', '.join(TABLES)}.")
+        return f"<!-- table: {name} -->\n{TABLES[name]()}\n<!-- end -->"
+
+    return re.sub(r"<!-- table: (\w+) -->\n.*?<!-- end -->", fill, text, flags=re.DOTALL)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="exit 1 if the tables are out of date; change nothing")
+    arguments = parser.parse_args()
+    path = ROOT / "README.md"
+    old = path.read_text()
+    new = render(old)
+    if arguments.check:
+        print("README.md is up to date" if new == old else "README.md is out of date: python scripts/render_readme.py")
+        return int(new != old)
+    path.write_text(new)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
