@@ -22,6 +22,8 @@ import lm_eval_tasks.model  # noqa: F401  (registers xcllama)
 logger = logging.getLogger(__name__)
 
 TASKS = Path(__file__).parent / "tasks"
+# where tasks are looked for: first among ours, then among all
+INCLUDE_DEFAULTS = (False, True)
 # parts of lm-eval's results that are keyed by task or group
 MERGED = ("results", "groups", "group_subtasks", "configs", "versions", "n-shot", "higher_is_better", "n-samples")
 # what a task may fail with and leave the other tasks unharmed
@@ -99,7 +101,7 @@ def find_tasks(config: EvaluatorConfig) -> tuple[TaskManager, list[str]]:
     if not asked:
         raise ValueError("`--tasks` is empty; try `--tasks xc_offline`.")
     # lm-eval's thousands of tasks take long to index: only when one of them is asked for
-    for include_defaults in (False, True):
+    for include_defaults in INCLUDE_DEFAULTS:
         manager = TaskManager(
             include_path=[*own, str(TASKS)], include_defaults=include_defaults, metadata=config.metadata
         )

@@ -10,8 +10,9 @@ from dataset_builders import FEATURES, SourceError, read_source
 
 def load_documents(
     source: str,
-    split: str = "test",
-    path: str | None = None,
+    default_split: str = "test",
+    default_path: str | None = None,
+    split: str | None = None,
     paths: dict[str, str] | None = None,
     max_documents: int | None = None,
     **lm_eval_metadata: Any,
@@ -20,16 +21,17 @@ def load_documents(
 
     Args:
         source: a key of `SOURCES`.
-        split: "test", "validation", "train" or "all"; a source's test split is never trained on.
-        path: its files or Hub id; None: its own default.
-        paths: {source: path}, from `--metadata`, instead of `path`.
-        max_documents: read no more than so many.
+        default_split: "test", "validation", "train" or "all"; a source's test split is never trained on.
+        default_path: its files or Hub id; None: the source's own default.
+        split: instead of `default_split`, from `--metadata`.
+        paths: {source: path} instead of `default_path`, from `--metadata`.
+        max_documents: read no more than so many, from `--metadata`.
         lm_eval_metadata: what else lm-eval hands over: version, model arguments and the like. Not used.
 
     Raises:
         ValueError: the data cannot be read; says how to get it.
     """
-    path = (paths or {}).get(source, path)
+    path, split = (paths or {}).get(source, default_path), split or default_split
     try:
         rows = [row for row in islice(read_source(source, path, split), max_documents) if row["question"]]
     except (SourceError, RuntimeError, OSError) as error:

@@ -72,7 +72,9 @@ class XCLlamaLM(HFLM):
             raise ValueError(f"`batch_size` must be a number, got {options['batch_size']!r}.")
         if base is not None and not is_added_weights(pretrained):
             raise ValueError(f"`base` is for folders of added weights, and {pretrained} is none; leave it out.")
-        pretrained = find_model(pretrained)
+        pretrained = find_model(str(pretrained))
+        if pretrained.startswith(("/", ".", "~")) and not Path(pretrained).is_dir():
+            raise ValueError(f"`pretrained` names no folder: {pretrained}; give a model folder or a Hub id.")
         if (Path(pretrained) / "adapter_config.json").is_file():
             options["peft"] = pretrained
             adapter = json.loads((Path(pretrained) / "adapter_config.json").read_text())

@@ -1,0 +1,264 @@
+"""The command: tasks from YAML to results on disk, in every mode, and one clear line for whatever goes wrong."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast
+
+from dataset_builders import SOURCES
+from dataset_builders.wheels import cache_folder
+from lm_eval_tasks import command
+from lm_eval_tasks.task import ContextTask
+from modeling_xcllama import XCLlamaProcessor
+
+FIXTURES = Path(__file__).parent / "fixtures"
+SMOLLM2 = cache_folder() / "models" / "SmolLM2-135M-Instruct"
+MODES = ("cross", "cross_shuffled", "prompt", "prompt_kv", "none")
+TEMPLATE = (
+    "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }} {% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    words = ["<pad>", "<s>", "</s>", "<unk>", "What", "Who", "is", "the", "a", "in", "of", "Question", "Answer", ":"]
+    tokenizer = Tokenizer(WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=TEMPLATE, **special)
+
+
+@pytest.fixture
+def checkpoint(tmp_path, make_llama, make_model):
+    """Folder of a tiny random XC checkpoint whose base lies beside it."""
+    make_llama(max_position_embeddings=2048).save_pretrained(tmp_path / "base")
+    word_tokenizer().save_pretrained(tmp_path / "base")
+    make_model(str(tmp_path / "base"), context_layer=2).save_cross_attention(tmp_path / "xc")
+    return str(tmp_path / "xc")
+
+
+def metadata(**paths: str) -> str:
+    paths = {source: str(FIXTURES / name) for source, name in paths.items()}
+    return json.dumps({"paths": paths, "bertscore_model": "none", "split": "all"})
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run the command in this process: (exit code, standard output, standard error)."""
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["xcllama-eval", *arguments])
+        code = command.main()
+        captured = capsys.readouterr()
+        # shown by pytest when the test fails
+        sys.stderr.write(captured.err)
+        return code, captured.out, captured.err
+
+    return call
+
+
+def model_arguments(checkpoint: str, mode: str = "cross", **options) -> list[str]:
+    values = {"pretrained": checkpoint, "context_mode": mode, "dtype": "float32", **options}
+    pairs = ",".join(f"{key}={value}" for key, value in values.items())
+    return ["--model", "xcllama", "--model_args", pairs, "--device", "cpu"]
+
+
+def results(folder: Path) -> dict:
+    (path,) = folder.rglob("results_*.json")
+    return json.loads(path.read_text())
+
+
+def samples(folder: Path, task: str) -> list[dict]:
+    (path,) = folder.rglob(f"samples_{task}_*.jsonl")
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_writes_quality_and_cost(run, checkpoint, tmp_path, mode):
+    arguments = model_arguments(checkpoint, mode)
+    data = metadata(squad_v2="squad_v2.json", msmarco="msmarco.json")
+    code, out, _ = run(
+        *arguments, "--tasks", "xc_squad_v2,xc_msmarco", "--metadata", data, "--batch_size", "2",
+        "--output_path", str(tmp_path / "out"), "--log_samples", "--apply_chat_template",
+    )  # fmt: skip
+    assert code == 0
+    assert "xc_msmarco" in out
+    found = results(tmp_path / "out")
+    assert set(found["results"]) == {"xc_squad_v2", "xc_msmarco"}
+    assert found["config"]["context_mode"] == mode
+    assert "--tasks xc_squad_v2,xc_msmarco" in found["config"]["command"]
+    figures = found["results"]["xc_squad_v2"]
+    for metric in ("exact_match", "f1", "answer_recall", "rouge_l", "k_precision", "no_answer_accuracy"):
+        assert 0 <= figures[f"{metric},none"] <= 1
+    for sample in samples(tmp_path / "out", "xc_squad_v2"):
+        assert sample["time_to_first_token"] > 0
+        assert sample["generated_tokens"] >= 1
+        assert (sample["context_tokens"] > 0) == (mode != "none")
+        assert (sample["cache_bytes"] > 0) == (mode in ("cross", "cross_shuffled", "prompt_kv"))
+
+
+def test_a_second_run_with_the_folder_encodes_nothing(run, checkpoint, tmp_path):
+    figures = []
+    for number in (1, 2):
+        arguments = model_arguments(checkpoint, context_cache_dir=tmp_path / "contexts")
+        code, *_ = run(*arguments, "--tasks", "xc_squad_v2", "--metadata", metadata(squad_v2="squad_v2.json"),
+                       "--output_path", str(tmp_path / f"out{number}"))  # fmt: skip
+        assert code == 0
+        figures.append(results(tmp_path / f"out{number}"))
+    first, second = (found["config"] for found in figures)
+    assert first["contexts_encoded"] == first["contexts"] > 0
+    assert second["contexts_encoded"] == 0
+    assert second["contexts_from_folder"] == first["contexts"]
+    assert figures[0]["results"]["xc_squad_v2"]["f1,none"] == figures[1]["results"]["xc_squad_v2"]["f1,none"]
+
+
+def test_finished_tasks_are_kept_when_another_fails(run, checkpoint, tmp_path):
+    data = json.loads(metadata(squad_v2="squad_v2.json"))
+    data["paths"]["msmarco"] = str(tmp_path / "absent.json")
+    code, _, err = run(*model_arguments(checkpoint), "--tasks", "xc_msmarco,xc_squad_v2",
+                       "--metadata", json.dumps(data), "--output_path", str(tmp_path / "out"))  # fmt: skip
+    assert code == 1
+    (line,) = [line for line in err.splitlines() if line.startswith("error:")]
+    assert "xc_msmarco" in line
+    assert "python scripts/build_dataset.py --source msmarco" in line
+    assert set(results(tmp_path / "out")["results"]) == {"xc_squad_v2"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tasks", "xc_nothing"], "task 'xc_nothing' is unknown; this project's are xc_biomedical, xc_boolq"),
+        (
+            ["--tasks", "xc_squad_v2", "--use_cache", "x"],
+            "`--use_cache` is refused: it keys answers by the prompt alone",
+        ),
+        (["--tasks", "xc_squad_v2", "--num_fewshot", "2"], "`--num_fewshot` must be 0"),
+        (["--tasks", "xc_squad_v2", "--log_samples"], "Specify --output_path"),
+    ],
+    ids=["task", "use_cache", "num_fewshot", "log_samples"],
+)
+def test_bad_arguments_end_in_one_line(run, checkpoint, monkeypatch, arguments, message):
+    # lm-eval's own thousands of tasks take long to index
+    monkeypatch.setattr(command, "INCLUDE_DEFAULTS", (False,))
+    code, out, err = run(*model_arguments(checkpoint), *arguments)
+    assert code == 2
+    assert out == ""
+    (line,) = [line for line in err.splitlines() if line.startswith("error:")]
+    assert message in line
+
+
+def test_bad_models_end_in_one_line(run, checkpoint, tmp_path):
+    for arguments, message in [
+        (model_arguments(checkpoint, "crosswise"), "`context_mode` must be one of"),
+        (model_arguments(str(tmp_path / "nowhere")), "`pretrained` names no folder"),
+        (model_arguments(str(tmp_path / "base")), "needs a model with cross-attention"),
+    ]:
+        code, _, err = run(*arguments, "--tasks", "xc_squad_v2")
+        assert code == 2
+        assert message in [line for line in err.splitlines() if line.startswith("error:")][-1]
+
+
+def test_the_module_runs_from_anywhere(tmp_path):
+    arguments = ["--model", "xcllama", "--model_args", "pretrained=x,context_mode=wrong", "--tasks", "xc_coqa"]
+    done = subprocess.run(
+        [sys.executable, "-m", "lm_eval_tasks", *arguments],
+        capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "`context_mode` must be one of" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_groups_and_tasks_fit_the_sources():
+    configs = {}
+    for path in command.TASKS.glob("xc_*.yaml"):
+        # a loader that leaves functions alone
+        text = path.read_text().replace("!function", "")
+        configs[path.stem] = yaml.safe_load(text)
+    groups = {name: config["task"] for name, config in configs.items() if "group" in config}
+    assert set(groups) == {"xc_offline", "xc_paper"}
+    for tasks in groups.values():
+        for task in tasks:
+            assert configs[task]["task"] == task
+            assert configs[task]["dataset_kwargs"]["source"] in SOURCES
+            assert configs[task]["metadata"]["version"] == 1.0
+
+
+def test_prompts_are_those_of_the_processor():
+    history = [{"question": "Who?", "answer": "Ann."}, {"question": "Why?", "answer": "For fun."}]
+    config = yaml.safe_load((command.TASKS / "xc_squad_v2.yaml").read_text())
+    config = {
+        "task": "t", "test_split": "test", "output_type": "generate_until", "doc_to_text": "question",
+        "doc_to_target": "answers", "custom_dataset": lambda **_: command_documents(history), **config,
+    }  # fmt: skip
+    config.pop("include")
+    task = ContextTask(config | {"dataset_kwargs": {}})
+    tokenizer = word_tokenizer()
+    for template in (TEMPLATE, None):
+        tokenizer.chat_template = template
+        expected = XCLlamaProcessor(tokenizer).prompts(["Where?"], [[("Who?", "Ann."), ("Why?", "For fun.")]])
+        prompt = task.fewshot_context(
+            task.task_docs[0], 0, apply_chat_template=template is not None, fewshot_as_multiturn=True,
+            chat_template=lambda messages: tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True),
+        )  # fmt: skip
+        assert prompt == expected[0]
+
+
+def command_documents(history):
+    from datasets import Dataset
+
+    from dataset_builders import FEATURES, make_row
+
+    row = make_row("squad_v2", "1", "Where?", ["Ann was there."], ["there"])
+    return {"test": Dataset.from_list([row | {"history": history}], features=FEATURES)}
+
+
+@pytest.mark.slow
+def test_two_processes_agree_with_one(checkpoint, tmp_path):
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    tail = ["-m", "lm_eval_tasks", *model_arguments(checkpoint), "--tasks", "xc_squad_v2", "--log_samples",
+            "--metadata", metadata(squad_v2="squad_v2.json"), "--output_path"]  # fmt: skip
+    accelerate = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--main_process_port",
+        "0",
+    ]
+    for name, head in (("one", [sys.executable]), ("two", accelerate)):
+        done = subprocess.run([*head, *tail, str(tmp_path / name)], capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr[-2000:]
+    answers = [
+        {sample["doc_id"]: sample["resps"] for sample in samples(tmp_path / name, "xc_squad_v2")}
+        for name in ("one", "two")
+    ]
+    assert answers[0] == answers[1]
+    assert results(tmp_path / "one")["results"]["xc_squad_v2"]["f1,none"] == pytest.approx(
+        results(tmp_path / "two")["results"]["xc_squad_v2"]["f1,none"]
+    )
+
+
+@pytest.mark.slow
+def test_smollm2_end_to_end(run, tmp_path):
+    if not SMOLLM2.is_dir():
+        pytest.skip("SmolLM2 is not here; `make models` fetches it")
+    code, *_ = run(*model_arguments(str(SMOLLM2), "prompt"), "--tasks", "xc_offline", "--limit", "2",
+                   "--apply_chat_template", "--output_path", str(tmp_path / "out"),
+                   "--model_args", "truncation=True,max_length=1024")  # fmt: skip
+    assert code == 0
+    found = results(tmp_path / "out")["results"]
+    assert len(found) == 7
+    assert "bert_score,none" in found["xc_coqa"]
+    assert 0 <= found["xc_boolq"]["acc,none"] <= 1
