@@ -1,6 +1,6 @@
 """Assemble the folder that a Hub kernel repository holds: build/torch-<backend> for each backend, and the card.
 
-    python kernels/assemble.py OUTPUT [--results results/kernels_inspect.json]
+    python kernels/assemble.py OUTPUT [--results results/kernels_inspect.json] [--repo-id NAME/KERNELS]
 
 `kernels.get_local_kernel(OUTPUT)` loads it, and `get_kernel(repo, version=1)` once it is uploaded to branch v1.
 There is nothing to compile: every backend holds the same Python files. This file is run by path or loaded by path: the
@@ -59,30 +59,26 @@ def inspection_table(results: Path) -> str:
     return "\n".join(lines)
 
 
-def fill_card(template: str, results: Path | None) -> str:
-    """The card with its slots filled from the committed results; without results the section is left out."""
-    before, _, rest = template.partition("<!-- results -->\n")
+def fill_card(template: str, repo_id: str, results: Path | None) -> str:
+    """The card with its slots filled from the committed results; without results that section is left out."""
+    before, _, rest = template.replace("{{repo_id}}", repo_id).partition("<!-- results -->\n")
     section, _, after = rest.partition("<!-- /results -->\n")
     if results is None:
         return before + after
     run = json.loads(results.read_text())
-    slots = {
-        "table": inspection_table(results),
-        "command": run["command"],
-        "commit": run["commit"],
-        "date": run["date"],
-    }
+    slots = {"table": inspection_table(results)} | {name: run[name] for name in ("command", "commit", "date")}
     for name, value in slots.items():
         section = section.replace("{{" + name + "}}", value)
     return before + section + after
 
 
-def assemble(output: str | Path, results: str | Path | None = None) -> Path:
+def assemble(output: str | Path, results: str | Path | None = None, repo_id: str = "xcllama/xcllama-kernels") -> Path:
     """Write the repository folder at `output`, which must not exist, and return it.
 
     Args:
         output: the new folder; it appears at once and whole.
         results: kernels_inspect.json for the card's table; None leaves the table out.
+        repo_id: the Hub repository that the card tells readers to load.
 
     Raises:
         ValueError: `output` exists.
@@ -107,7 +103,7 @@ def assemble(output: str | Path, results: str | Path | None = None) -> Path:
             PROJECT / "torch-ext", root / "torch-ext", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info")
         )
         shutil.copy(PROJECT.parent / "LICENSE", root)
-        card = fill_card((PROJECT / "CARD.md").read_text(), None if results is None else Path(results))
+        card = fill_card((PROJECT / "CARD.md").read_text(), repo_id, None if results is None else Path(results))
         (root / "README.md").write_text(card)
         os.replace(root, output)
     return output
@@ -117,5 +113,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("output", type=Path)
     parser.add_argument("--results", type=Path)
+    parser.add_argument("--repo-id", default="xcllama/xcllama-kernels")
     arguments = parser.parse_args()
-    print(assemble(arguments.output, arguments.results))
+    print(assemble(arguments.output, arguments.results, arguments.repo_id))

@@ -43,6 +43,47 @@ def test_one_configuration_of_every_kernel(target, tmp_path):
     assert by_kernel["decode_kernel"]["tensor_core_instructions_in_loops"]
 
 
+ODD_SHAPES = """
+import sys
+sys.path.insert(0, {folder!r})
+import torch
+from ahead_of_time import TARGETS, inspect
+from traffic import Shape
+from variants import attention_tensors, meta
+from xcllama_kernels.backward import plan_backward
+from xcllama_kernels.decode import plan_decode
+from xcllama_kernels.forward import plan_forward
+from xcllama_kernels.project import plan_projection
+
+target, half = TARGETS["sm_90"], torch.float16
+# an argument of 1 becomes a constant of the kernel; 80 channels need a mask
+for shape in (Shape(1, 1, 1, 1, 1, 1, 64), Shape(3, 2, 77, 5, 6, 2, 80)):
+    tensors = attention_tensors(shape, half, 0)
+    launches = plan_forward(**tensors, target=target) + plan_decode(**tensors, target=target, num_splits=2)
+    del tensors["quantization"]
+    tensors |= {{"grad_output": tensors["query"], "grad_lse": tensors["lse"]}}
+    gradients = [tensors[name] for name in ("query", "key", "value")]
+    launches += plan_backward(**tensors, gradients=gradients, target=target)
+    tokens, heads = shape.batch, shape.num_kv_heads
+    states, scale = meta(tokens, heads, 64, dtype=torch.int8), meta(tokens, heads, dtype=half)
+    weight, bias = meta(tokens, 64 * heads, dtype=half), meta(tokens, dtype=half)
+    norm, output = meta(64 * heads, dtype=half), meta(tokens, tokens, dtype=half)
+    launches += plan_projection(states, scale, None, weight, bias, norm, 1e-5, output, target)
+    assert len({{launch.kernel.__name__ for launch in launches}}) == 7
+    assert all(inspect(launch, "sm_90")["spill_bytes"] == 0 for launch in launches)
+print("compiled")
+"""
+
+
+def test_shapes_of_one_and_odd_head_sizes(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    code = ODD_SHAPES.format(folder=str(SCRIPT.parent))
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=tmp_path
+    )
+    assert result.stdout == "compiled\n", result.stderr[-2000:]
+
+
 def test_nothing_is_compiled_under_the_interpreter(tmp_path):
     result = run("--one-a-kernel", "--output", "inspect.json", cwd=tmp_path, interpreted=True)
     assert "unset it" in result.stderr

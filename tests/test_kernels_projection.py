@@ -19,6 +19,8 @@ from xcllama_kernels.cases import relative_error  # noqa: E402
 from xcllama_kernels.launch import INTERPRETED, launch_counts  # noqa: E402
 from xcllama_kernels.reference import project_quantized_reference  # noqa: E402
 
+from modeling_xcllama.quantized_tensor import quantize  # noqa: E402
+
 if not INTERPRETED:
     pytest.skip("triton was imported before TRITON_INTERPRET=1 was set; `make test` sets it", allow_module_level=True)
 
@@ -103,6 +105,16 @@ def test_quantization_error_is_half_a_step(heads, dim, spread, seed):
     error = (dequantize_int4(data, scale, zero) - states).abs().unflatten(-1, (scale.shape[-1], -1)).amax(-1)
     bound = 0.5 * scale.float() + (15 * scale.float() + zero.float().abs()) * 2**-10 + 1e-5
     assert (error <= bound).all()
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_format_is_that_of_the_context_cache(bits):
+    stored = quantize(torch.randn(6, 2, 128, generator=torch.Generator().manual_seed(0)), bits)
+    if bits == 8:
+        result = dequantize_int8(stored.data, stored.scale)
+    else:
+        result = dequantize_int4(stored.data, stored.scale, stored.zero)
+    torch.testing.assert_close(result, stored.dequantize(torch.float32))
 
 
 def test_int4_layout():

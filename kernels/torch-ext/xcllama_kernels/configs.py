@@ -32,7 +32,7 @@ def forward_configs(target: Target, dtype: torch.dtype, head_dim: int, bits: int
     if _is_ampere(target) and bits:
         return [Config(32, 32, 4, 1)] if size == 256 else [Config(64, 32, 4, 2)]
     if size == 64:
-        return [Config(128, 64, 8, 3), Config(64, 32, 4, 3)]
+        return [Config(128, 64, 8, 3)] if bits else [Config(128, 64, 8, 3), Config(64, 32, 4, 3)]
     if size == 128:
         if _is_ampere(target):
             return [Config(128, 32, 8, 3), Config(64, 32, 4, 2)]

@@ -51,11 +51,15 @@ class Launch:
     constants: dict[str, object] = field(default_factory=dict)
 
     def run(self) -> None:
+        """Launch the kernel on the device that holds its tensors; an empty grid is nothing to do."""
         if 0 in self.grid:
             return
         name = getattr(self.kernel, "__name__", None) or self.kernel.fn.__name__
         launch_counts[name] += 1
-        self.kernel[self.grid](**self.arguments, **self.constants, **self.options())
+        tensor = next(value for value in self.arguments.values() if isinstance(value, torch.Tensor))
+        # triton launches on the current device, whichever holds the tensors
+        with torch.cuda.device_of(tensor):
+            self.kernel[self.grid](**self.arguments, **self.constants, **self.options())
 
     def options(self) -> dict[str, int | bool]:
         """Options of the compiler; fusion is stated because its default differs between Triton versions."""
