@@ -1,5 +1,6 @@
 """The command `python -m lm_eval_tasks` (`xcllama-eval`): lm-eval's arguments, each task kept when done."""
 
+import json
 import logging
 import os
 import shlex
@@ -14,7 +15,7 @@ from lm_eval.api.registry import get_model
 from lm_eval.config.evaluate_config import EvaluatorConfig
 from lm_eval.loggers import EvaluationTracker
 from lm_eval.tasks import TaskManager
-from lm_eval.utils import make_table, setup_logging
+from lm_eval.utils import handle_non_serializable, make_table, setup_logging
 
 import lm_eval_tasks.fusion_in_decoder
 import lm_eval_tasks.model  # noqa: F401  (registers xcllama)
@@ -173,16 +174,26 @@ def _save(config, tracker, merged: dict[str, Any], results: dict[str, Any], comm
     merged["config"] |= {"command": command}
     if not config.output_path:
         return
-    before = getattr(tracker, "date_id", None)
+    before, hashes = getattr(tracker, "date_id", None), merged.get("task_hashes", {})
     tracker.save_results_aggregated(results=merged, samples=samples if config.log_samples else None)
-    for task, task_samples in samples.items():
-        if config.log_samples:
+    if config.log_samples:
+        for task, task_samples in samples.items():
             tracker.save_results_samples(task_name=task, samples=task_samples)
-    if before is not None:
-        for stale in _results_files(tracker, before):
-            stale.unlink(missing_ok=True)
-    if not list(_results_files(tracker, tracker.date_id)):
-        raise ValueError(f"the results could not be written to `--output_path` {config.output_path!r}.")
+            merged.setdefault("samples_files", {})[task] = f"samples_{task}_{tracker.date_id}.jsonl"
+    merged["task_hashes"] = hashes | merged.get("task_hashes", {})
+    written = _results_files(tracker, tracker.date_id)
+    if not written:
+        raise OSError(f"the results could not be written to `--output_path` {config.output_path!r}.")
+    _rewrite(written[0], merged)
+    for stale in _results_files(tracker, before) if before is not None else ():
+        stale.unlink(missing_ok=True)
+
+
+def _rewrite(path: Path, results: dict[str, Any]) -> None:
+    """Put `results` into a file in one move."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial.write_text(json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False) + "\n")
+    os.replace(partial, path)
 
 
 def _results_files(tracker, date_id: str) -> list[Path]:

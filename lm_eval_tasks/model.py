@@ -79,6 +79,7 @@ class XCLlamaLM(HFLM):
             options["peft"] = pretrained
             adapter = json.loads((Path(pretrained) / "adapter_config.json").read_text())
             pretrained = find_model(adapter["base_model_name_or_path"])
+        self._adapter = Path(options["peft"]) if options.get("peft") else None
         self.context_mode, self.shuffle_seed, self._base = context_mode, int(shuffle_seed), base
         self.processor = None
         super().__init__(pretrained, **({"backend": "causal"} | options))
@@ -110,15 +111,14 @@ class XCLlamaLM(HFLM):
             super()._get_config(pretrained, **options)
             return
         self._loaded, self.processor = load_checkpoint(pretrained, base=self._base)
-        template = Path(pretrained) / "chat_template.jinja"
-        if template.is_file():
-            # the template that the added weights were trained with
-            self.processor.tokenizer.chat_template = template.read_text()
         self._config = self._loaded.config
 
     def _create_tokenizer(self, pretrained, tokenizer, **options: Any) -> None:
         if self._loaded is None or tokenizer is not None:
             super()._create_tokenizer(pretrained, tokenizer, **options)
+            if self._adapter is not None and (template := self._adapter / "chat_template.jinja").is_file():
+                # the template that the adapter was trained with
+                self.tokenizer.chat_template = template.read_text()
         else:
             self.tokenizer = self.processor.tokenizer
 
@@ -338,6 +338,7 @@ class XCLlamaLM(HFLM):
             "model_num_parameters": sum(weight.numel() for weight in self.model.parameters()),
             "model_dtype": str(self.model.dtype),
             "context_mode": self.context_mode,
+            "adapter": str(self._adapter) if self._adapter is not None else None,
         }
         if self.context_mode in PROMPT_MODES:
             info["cache_bytes_per_token"] = self._bytes_per_token()

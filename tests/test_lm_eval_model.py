@@ -276,6 +276,9 @@ def test_peft_adapter_in_prompt_mode(lm, folders, tmp_path, hflm):
     theirs = HFLM(pretrained=folders.base, peft=str(tmp_path / "adapter"), device="cpu", dtype="float32")
     for ours in (lm("prompt", str(tmp_path / "adapter")), lm("prompt", folders.base, peft=str(tmp_path / "adapter"))):
         close(ours.loglikelihood(choices()), theirs.loglikelihood(choices(expanded)))
+    (tmp_path / "adapter" / "chat_template.jinja").write_text("{{ messages[0]['content'] }}!")
+    adapted = lm("prompt", str(tmp_path / "adapter"))
+    assert adapted.apply_chat_template([{"role": "user", "content": "Hi"}]) == "Hi!"
     assert theirs.loglikelihood(choices()[:1])[0] != hflm.loglikelihood(choices()[:1])[0]
 
 
