@@ -1,0 +1,193 @@
+"""Losses and gradients against plain ones, for every method and layout; states and starts."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional
+from transformers import BertConfig, BertModel, LlamaForCausalLM
+
+from modeling_xcllama import XCLlamaForCausalLM
+from training.build import build_model, load_processor
+from training.examples import ExamplePlan
+from training.least_squares import fit_key_value
+from training.objectives import Objective
+from training.passages import read_passages
+from training.prompts import Prompts
+from training.recipe import recipe_from_dict
+from training.run import make_collator, reads_stored_states, run_recipe
+from training.stored_states import StoredStates, store_states
+
+SUPPORT = runpy.run_path(str(Path(__file__).with_name("training_support.py")))
+base_folder, rows_file, make_recipe, tiny_tokenizer, batch_and_objective, equal = (
+    SUPPORT[name]
+    for name in ("base_folder", "rows_file", "make_recipe", "tiny_tokenizer", "batch_and_objective", "equal")
+)
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["hidden", "condensed"])
+@pytest.mark.parametrize("distractors", [0, 2])
+def test_loss_is_that_of_the_public_model(make_recipe, shared, distractors):
+    config = {"context_layer": 2, "cross_attention_layers": [1, 3], "cross_attention_share_key_value": shared}
+    recipe = make_recipe(
+        model={"config": config}, data={"distractors": distractors}, optimization={"context_dropout": 0}
+    )
+    batch, objective, examples, prompts, texts = batch_and_objective(recipe)
+    losses = objective(batch)
+    model: XCLlamaForCausalLM = objective.model
+    total = 0.0
+    for example in examples:
+        prompt, _ = prompts.prompt_ids(example.question)
+        ids = torch.tensor([prompt + prompts.answer_ids(example.answer)])
+        contexts = prompts.processor(contexts=[texts[i] for i in example.passages], return_tensors="pt")
+        cache = model.encode_context(**contexts)
+        cache = cache.join([range(len(example.passages))])
+        logits = model(input_ids=ids, context_cache=cache).logits[0, len(prompt) - 1 : -1]
+        total += functional.cross_entropy(logits, ids[0, len(prompt) :], reduction="sum").item()
+    assert losses.answer.item() == pytest.approx(total, rel=1e-4)
+    assert batch.num_targets == sum(len(prompts.answer_ids(example.answer)) for example in examples)
+
+
+def test_gradients_reach_every_added_weight_and_no_other(make_recipe):
+    batch, objective, *_ = batch_and_objective(make_recipe())
+    objective(batch).objective.backward()
+    for name, weight in objective.model.named_parameters():
+        added = "cross_attention_blocks" in name or "context_projections" in name
+        assert (weight.grad is not None and bool(weight.grad.abs().sum() > 0)) == added, name
+
+
+def test_a_trained_encoder_learns_in_its_layers_only(make_recipe, tmp_path):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    BertModel(BertConfig(vocab_size=257, max_position_embeddings=256, **sizes)).save_pretrained(tmp_path / "encoder")
+    tiny_tokenizer().save_pretrained(tmp_path / "encoder")
+    model = {"encoder": str(tmp_path / "encoder"), "train_encoder": True, "config": {"cross_attention_layers": [1, 3]}}
+    values = make_recipe(optimization={"context_dropout": 0}).to_dict()
+    recipe = recipe_from_dict(values | {"model": values["model"] | model})
+    assert not reads_stored_states(recipe)
+    prompts, passages = Prompts(load_processor(recipe)), read_passages(recipe.data, recipe.seed)
+    ids = [prompts.context_ids(passage.text) for passage in passages]
+    objective = Objective(build_model(recipe), recipe).eval()
+    collator = make_collator(recipe, prompts, [passage.text for passage in passages], ids, None)
+    examples = [example for group in ExamplePlan(passages, recipe).step(0) for example in group]
+    batch = collator(examples)
+    losses = objective(batch)
+    losses.objective.backward()
+    for name, weight in objective.model.model.encoder.named_parameters():
+        assert (weight.grad is not None) == ("embedding" not in name), name
+    contexts = prompts.processor(contexts=[passages[e.passages[0]].text for e in examples], return_tensors="pt")
+    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    logits = objective.model(**inputs, context_cache=objective.model.encode_context(**contexts)).logits[:, :-1]
+    answer = batch.answer_mask[:, 1:]
+    expected = functional.cross_entropy(logits[answer], batch.input_ids[:, 1:][answer], reduction="sum")
+    torch.testing.assert_close(losses.answer, expected, rtol=1e-4, atol=1e-4)
+    before = objective.model.model.encoder.state_dict()
+    trained = run_recipe(recipe, tmp_path / "run").model.encoder.state_dict()
+    changed = {name for name in before if not torch.equal(before[name], trained[name])}
+    assert changed
+    assert all(name.startswith("encoder.layer") for name in changed)
+
+
+def test_least_squares_reproduces_the_keys_of_the_layer_that_follows(make_recipe):
+    recipe = make_recipe()
+    prompts, passages = Prompts(load_processor(recipe)), read_passages(recipe.data, recipe.seed)
+    model = build_model(recipe)
+    ids = [prompts.context_ids(passage.text) for passage in passages]
+    scores = fit_key_value(model, ids)
+    # the block after layer 1 reads the very states that layer 2 starts from
+    assert scores[1] > 0.99
+    assert scores[1] >= scores[3] > 0
+    shared = make_recipe(model={"config": {"cross_attention_share_key_value": True, "cross_attention_layers": [1, 3]}})
+    with pytest.raises(ValueError, match="least_squares_passages.*set it to 0"):
+        fit_key_value(build_model(shared), ids)
+
+
+def test_gradient_checkpointing_changes_no_gradient(make_recipe, monkeypatch):
+    batch, plain, *_ = batch_and_objective(make_recipe())
+    _, saving, *_ = batch_and_objective(make_recipe(optimization={"gradient_checkpointing": True}))
+    calls = []
+    query = saving.model.model.cross_attention_blocks[0].q_proj
+    query.register_forward_hook(lambda *_: calls.append(1))
+    for objective in (plain, saving):
+        objective.train()
+        objective(batch).objective.backward()
+    # once forward, once more for the gradient
+    assert len(calls) == 2
+    for (name, first), (_, second) in zip(
+        plain.model.added_parameters(), saving.model.added_parameters(), strict=True
+    ):
+        torch.testing.assert_close(first.grad, second.grad, msg=name)
+
+
+def test_question_loss_counts_the_question(make_recipe):
+    batch, plain, *_ = batch_and_objective(make_recipe())
+    _, weighted, *_ = batch_and_objective(make_recipe(optimization={"question_loss": 0.5}))
+    ids, read = batch.input_ids, batch.question_mask
+    logits = plain.model(input_ids=ids, attention_mask=batch.attention_mask, context_cache=plain.context(batch)).logits
+    token_losses = functional.cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
+    expected = plain(batch).answer + 0.5 * token_losses[read[:, 1:]].sum()
+    torch.testing.assert_close(weighted(batch).objective, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_context_dropout_hides_tokens_but_never_the_first(make_recipe):
+    whole, *_ = batch_and_objective(make_recipe(optimization={"context_dropout": 0}))
+    half, *_ = batch_and_objective(make_recipe(optimization={"context_dropout": 0.5}))
+    assert 0.3 < half.offsets[-1] / whole.offsets[-1] < 0.7
+    for start, whole_start in zip(half.offsets[:-1], whole.offsets[:-1], strict=True):
+        assert half.context_ids[start] == whole.context_ids[whole_start]
+        assert torch.equal(half.context_states[start], whole.context_states[whole_start])
+
+
+def test_prompt_baseline_reads_the_passage_and_closed_book_does_not(make_recipe):
+    lora = {"model": {"config": {}, "lora": {"r": 2, "target_modules": ["q_proj", "v_proj"]}}}
+    prompt, objective, examples, prompts, texts = batch_and_objective(make_recipe(method="lora_prompt", **lora))
+    closed, *_ = batch_and_objective(make_recipe(method="lora_closed_book", **lora))
+    text = prompts.tokenizer.decode(prompt.input_ids[0])
+    assert texts[examples[0].passages[0]] in text
+    assert texts[examples[0].passages[0]] not in prompts.tokenizer.decode(closed.input_ids[0])
+    assert prompt.num_targets == closed.num_targets
+    objective(prompt).objective.backward()
+    assert {
+        name.split(".lora")[0].rsplit(".", 1)[1] for name, w in objective.named_parameters() if w.requires_grad
+    } == {
+        "q_proj",
+        "v_proj",
+    }
+
+
+def test_distillation_adds_the_divergence_from_a_teacher_that_reads_its_prompt(make_recipe):
+    recipe = make_recipe()
+    batch, objective, *_ = batch_and_objective(recipe)
+    assert batch.teacher_ids is None
+    values = recipe.to_dict() | {"distillation": {"weight": 1.0, "adapter": None, "temperature": 2.0}}
+    recipe = recipe_from_dict(values)
+    batch, student, *_ = batch_and_objective(recipe)
+    teacher = LlamaForCausalLM.from_pretrained(recipe.model.base).requires_grad_(False)
+    distilled = Objective(student.model, recipe, teacher)
+    losses = distilled(batch)
+    # by hand: the teacher reads the passage in its prompt, the answers' positions are paired in order
+    teacher_logits = teacher(input_ids=batch.teacher_ids, attention_mask=batch.teacher_attention_mask).logits[:, :-1]
+    student_logits = student.model(
+        input_ids=batch.input_ids, attention_mask=batch.attention_mask, context_cache=student.context(batch)
+    ).logits[:, :-1]
+    first = (teacher_logits[batch.teacher_answer_mask[:, 1:]] / 2).log_softmax(-1)
+    second = (student_logits[batch.answer_mask[:, 1:]] / 2).log_softmax(-1)
+    divergence = 4 * (first.exp() * (first - second)).sum()
+    assert divergence > 0
+    torch.testing.assert_close(losses.objective - losses.answer, divergence, rtol=1e-3, atol=1e-4)
+
+
+def test_stored_states_are_computed_once(make_recipe, tmp_path):
+    recipe = make_recipe()
+    model = build_model(recipe)
+    passages = [[5, 6, 7], [8, 9], [10]]
+    states = store_states(model, passages, tmp_path)
+    files = list(tmp_path.rglob("*.safetensors"))
+    before = [file.stat().st_mtime_ns for file in files]
+    again = store_states(model, passages, tmp_path)
+    assert [file.stat().st_mtime_ns for file in tmp_path.rglob("*.safetensors")] == before
+    assert isinstance(again, StoredStates)
+    fresh = model.encode_context(torch.tensor([passages[1]])).states["hidden"]
+    torch.testing.assert_close(states[1], fresh)
+    assert torch.equal(states[1], again[1])
