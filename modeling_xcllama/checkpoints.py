@@ -1,4 +1,4 @@
-"""Folders of added weights (checkpoints/) as models: finds the base they were trained on. Local, not part of Hub repos."""
+"""Folders of added weights (checkpoints/) as models: finds the base they belong to. Local, no part of Hub repos."""
 
 import json
 import os

@@ -7,7 +7,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
-from .cross_attention import BLOCK_TOKENS, ContextRows
+from .cross_attention import BLOCK_TOKENS, ContextRows, find_kernels
 from .cross_attention_block import rotate
 from .quantized_tensor import QuantizedTensor
 
@@ -63,15 +63,32 @@ def document_tokens(offsets: tuple[int, ...], documents: list[int]) -> "slice | 
     return torch.cat([torch.arange(offsets[document], offsets[document + 1]) for document in documents])
 
 
-def project_hidden(hidden, projections: nn.ModuleList, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
-    """Keys and values of every projection; a quantized state is dequantized a block of tokens at a time."""
+def project_hidden(
+    hidden, projections: nn.ModuleList, dtype: torch.dtype, implementation: str
+) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values of every projection; a quantized state is dequantized in registers, or a block at a time."""
     if isinstance(hidden, Tensor):
         return [projection(hidden.to(dtype)) for projection in projections]
+    fusible = not isinstance(projections[0].norm, nn.LayerNorm) and not torch.is_grad_enabled()
+    if implementation == "triton" and fusible:
+        return [_project_fused(hidden, projection) for projection in projections]
     parts = []
     for start in range(0, max(1, hidden.shape[0]), BLOCK_TOKENS):
         block = hidden[start : start + BLOCK_TOKENS].dequantize(dtype).flatten(1)
         parts.append([projection(block) for projection in projections])
     return [tuple(torch.cat(pieces) for pieces in zip(*pairs, strict=True)) for pairs in zip(*parts, strict=True)]
+
+
+def _project_fused(hidden: QuantizedTensor, projection: nn.Module) -> tuple[Tensor, Tensor]:
+    norm = {}
+    if projection.norm is not None:
+        norm = {"norm_weight": projection.norm.weight, "norm_eps": projection.norm.variance_epsilon}
+    project = find_kernels().project_quantized
+    key, value = (
+        project(hidden.data, hidden.scale, hidden.zero, linear.weight, linear.bias, **norm)
+        for linear in (projection.k_proj, projection.v_proj)
+    )
+    return key.unflatten(-1, (-1, projection.head_dim)), value.unflatten(-1, (-1, projection.head_dim))
 
 
 @dataclass(frozen=True)

@@ -292,10 +292,11 @@ class XCLlamaModel(XCLlamaPreTrainedModel, LlamaModel):
         if self.training and self.config.cross_attention_dropout:
             plan = plan.drop_tokens(self.config.cross_attention_dropout, cache.device)
         states = {name: state[plan.tokens] for name, state in cache.states.items()}
+        implementation = resolve_implementation(self.config.cross_attn_implementation, cache.device)
         projected = (
             [(states["key"], states["value"])]
             if cache.layout == "condensed"
-            else project_hidden(states["hidden"], self.context_projections, dtype)
+            else project_hidden(states["hidden"], self.context_projections, dtype, implementation)
         )
         keys, values = [], []
         for key, value in projected:

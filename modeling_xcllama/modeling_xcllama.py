@@ -272,7 +272,8 @@ def _config_of(base: PreTrainedModel, encoder: PreTrainedModel | None, overrides
     if unknown := sorted(set(overrides) - set(fields)):
         raise ValueError(f"`XCLlamaConfig` has no field {', '.join(unknown)}; see its docstring.")
     config = XCLlamaConfig(**(values | overrides))
-    config._attn_implementation = base.config._attn_implementation
+    # the decoder's choice alone: not every encoder has every implementation
+    config._attn_implementation = {"": base.config._attn_implementation}
     return config
 
 

@@ -98,7 +98,7 @@ def demo_table() -> str:
     if result is None:
         return "Not measured yet: `python scripts/demo.py --json results/demo.json`."
     lines = [
-        "| passage | tokens | cache file | KV cache | first token from the cache | with the passage in the prompt | ratio |",
+        "| passage | tokens | cache file | KV cache | first token, cache | first token, prompt | ratio |",
         "|---|" + "---:|" * 6,
     ]
     for row in result["passages"]:
