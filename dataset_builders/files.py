@@ -15,7 +15,8 @@ import pyarrow.parquet
 
 from dataset_builders.schema import RecordError
 
-_BLOCK = 1 << 16
+# small: the parser queues all values of a block
+_BLOCK = 1 << 14
 _PARQUET_BATCH = 64
 
 
