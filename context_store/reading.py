@@ -61,7 +61,7 @@ class ShardReader:
         self._lock = threading.Lock()
 
     def shard(self, number: int) -> MappedShard:
-        """An open shard, checked for having been cut or touched since.
+        """An open shard; opened anew if its file was cut, replaced or evicted meanwhile.
 
         Raises:
             DamagedShardError: the file is gone, cut or altered.
@@ -70,17 +70,16 @@ class ShardReader:
             shard = self._shards.get(number)
             if shard is not None:
                 self._shards.move_to_end(number)
-        try:
-            if shard is not None:
+        if shard is not None:
+            try:
                 shard.check()
                 return shard
-            entry = self._catalogue.shard(number)
-            if entry is None:
-                raise DamagedShardError(f"shard {number} is gone.")
-            shard = self._open_shard(*entry)
-        except DamagedShardError:
-            self.forget(number)
-            raise
+            except DamagedShardError:
+                self.forget(number)
+        entry = self._catalogue.shard(number)
+        if entry is None:
+            raise DamagedShardError(f"shard {number} is gone.")
+        shard = self._open_shard(*entry)
         with self._lock:
             self._shards[number] = shard
             if len(self._shards) > OPEN_SHARDS:
@@ -141,24 +140,24 @@ class ShardReader:
     def _check(self, places: Sequence[Location]) -> tuple[set[Location], dict[int, MappedShard]]:
         """Verify what is read for the first time; returns the damaged ones and the open shards."""
         shards: dict[int, MappedShard] = {}
-        damaged, fresh = set(), []
+        damaged: set[Location] = set()
         for number in dict.fromkeys(place.shard for place in places):
             try:
                 shards[number] = self.shard(number)
             except DamagedShardError:
                 damaged.update(place for place in places if place.shard == number)
-        for place in places:
-            if place.shard in shards and place.document not in shards[place.shard].verified:
-                shards[place.shard].prefetch(place.start, place.tokens)
-                fresh.append(place)
+        fresh = [p for p in places if p.shard in shards and p.document not in shards[p.shard].verified]
         if fresh:
             stored = self._catalogue.checksums([place.document for place in fresh])
-            for place in fresh:
-                shard = shards[place.shard]
-                if place.document in stored and shard.verify(place.start, place.tokens, stored[place.document][0]):
-                    shard.verified.add(place.document)
-                else:
-                    damaged.add(place)
+            damaged.update(place for place in fresh if place.document not in stored)
+            for number, shard in shards.items():
+                wanted = [p for p in fresh if p.shard == number and p.document in stored]
+                shard.load([(place.start, place.tokens, stored[place.document][0]) for place in wanted])
+                for place in wanted:
+                    if shard.verify(place.start, place.tokens, stored[place.document][0]):
+                        shard.verified.add(place.document)
+                    else:
+                        damaged.add(place)
         return damaged, shards
 
 
@@ -255,7 +254,7 @@ class ReadableStore(ABC):
                 report.damaged += [document.id for document in self.catalogue.documents_of(number)]
                 continue
             for document in documents:
-                shard.prefetch(document.start, document.tokens)
+                shard.load([(document.start, document.tokens, document.checksum)])
                 report.checked += 1
                 if not shard.verify(document.start, document.tokens, document.checksum):
                     report.damaged.append(document.id)

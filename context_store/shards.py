@@ -113,8 +113,7 @@ def write_shard(path: Path, cache: ContextCache) -> tuple[int, bytes]:
             raise
         raise OSError(f"{path} could not be written: {error}.") from error
     sync_folder(path.parent)
-    with open(path, "rb") as file:
-        return path.stat().st_size, checksum([read_header(file)])
+    return path.stat().st_size, MappedShard.header_checksum(path)
 
 
 def read_header(file) -> bytes:
@@ -161,6 +160,12 @@ class MappedShard:
         self.names = sorted(self.parts)
         self.tensors = {name: self._tensor(part) for name, part in self.parts.items()}
 
+    @staticmethod
+    def header_checksum(path: Path) -> bytes:
+        """The checksum of a shard's header."""
+        with open(path, "rb") as file:
+            return checksum([read_header(file)])
+
     def _check_size(self, status: os.stat_result) -> int:
         if status.st_size != self.nbytes:
             raise DamagedShardError(f"{self.path} has {status.st_size} bytes, the catalogue says {self.nbytes}.")
@@ -202,6 +207,11 @@ class MappedShard:
         """The checksum of a document's bytes as they are now."""
         view = memoryview(self._map)
         return checksum(view[begin:end] for begin, end in self.spans(start, tokens))
+
+    def load(self, documents: Sequence[tuple[int, int, bytes]]) -> None:
+        """Prepare to read documents (start, tokens, checksum) for the first time."""
+        for start, tokens, _ in documents:
+            self.prefetch(start, tokens)
 
     def verify(self, start: int, tokens: int, expected: bytes) -> bool:
         """Whether a document's bytes have the `expected` checksum."""

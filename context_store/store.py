@@ -19,10 +19,12 @@ from . import eviction
 from .catalogue import FOREVER, Catalogue
 from .encoding import convert, encode, groups, tokenize
 from .handles import Handle
+from .manifest import Manifest
 from .pending import AddReport, PendingShard, VerifyReport, split_documents, zip_documents
 from .reading import MissingDocumentError, ReadableStore
 from .schema import CATALOGUE_NAME, namespace_folder, sync_folder
 from .shards import HEADER_BYTES, MappedShard, write_shard
+from .snapshot import write_snapshot
 
 logger = logging.getLogger(__name__)
 
@@ -409,8 +411,6 @@ class ContextStore(ReadableStore):
             self.add(name, text, metadata, ttl=None if expires == FOREVER else expires - time.time(), progress=False)
         return ids
 
-    def snapshot(self, output: str, *, overwrite: bool = False) -> dict:
+    def snapshot(self, url: str | Path, **options) -> Manifest:
         """Publish the namespace as a snapshot; see `context_store.snapshot.write_snapshot`."""
-        from .snapshot import write_snapshot
-
-        return write_snapshot(self, output, overwrite=overwrite)
+        return write_snapshot(self.catalogue, self.folder / "shards", url, **options)

@@ -7,6 +7,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -118,15 +119,16 @@ def test_a_full_file_system(run, tmp_path):
         subprocess.run(["umount", mount], check=True)
 
 
-def test_a_folder_that_cannot_be_written_is_served(run, tmp_path):
+def test_a_folder_that_cannot_be_written_is_served(run):
     if os.geteuid() != 0:
         pytest.skip("needs root to become a user without rights")
-    folder = tmp_path / "s"
-    with ContextStore(folder, TableModel(), ByteProcessor()) as store:
-        store.add("a", "a lighthouse")
-    for parent in (tmp_path, *tmp_path.parents[:2]):
-        parent.chmod(0o755)
-    result = run("read_only", folder)
+    # pytest's own folders are closed to other users
+    with tempfile.TemporaryDirectory() as open_to_all:
+        folder = Path(open_to_all, "s")
+        with ContextStore(folder, TableModel(), ByteProcessor()) as store:
+            store.add("a", "a lighthouse")
+        Path(open_to_all).chmod(0o755)
+        result = run("read_only", folder)
     assert result["same"]
     assert result["hits"] == ["a"]
     assert len(result["refused"]) == 5
