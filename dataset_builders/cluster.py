@@ -25,7 +25,7 @@ from dataset_builders.sources import Source, get_source, terms
 from dataset_builders.splits import SPLITS
 from dataset_builders.writing import check_output, finished_folder, split_writers, write_text
 
-EXECUTORS = ("local", "slurm", "ray")
+EXECUTORS = {"local": LocalPipelineExecutor, "slurm": SlurmPipelineExecutor, "ray": RayPipelineExecutor}
 
 
 class BuildShare(PipelineStep):
@@ -166,16 +166,10 @@ def cluster_build(
     keep_request(
         work, {"source": name, "path": path, "tasks": tasks, "on_error": on_error, "settings": settings.digest()}
     )
-    kinds = {"local": LocalPipelineExecutor, "slurm": SlurmPipelineExecutor, "ray": RayPipelineExecutor}
-    rows = kinds[executor](
-        [BuildShare(name, path, work, settings, on_error)],
-        tasks=tasks,
-        workers=workers,
-        logging_dir=f"{work}/logs/rows",
-        **options,
-    )
-    finishing = [FinishBuild(name, path, work, output, settings, tasks)]
+    share_step = BuildShare(name, path, work, settings, on_error)
+    finish_step = FinishBuild(name, path, work, output, settings, tasks)
+    kind = EXECUTORS[executor]
+    rows = kind([share_step], tasks=tasks, workers=workers, logging_dir=f"{work}/logs/rows", **options)
     # always done again: its result is the output, which is not there yet
-    return kinds[executor](
-        finishing, tasks=1, logging_dir=f"{work}/logs/finish", depends=rows, skip_completed=False, **options
-    )
+    logs = f"{work}/logs/finish"
+    return kind([finish_step], tasks=1, logging_dir=logs, depends=rows, skip_completed=False, **options)

@@ -210,7 +210,7 @@ def syntax_error(path: str, error: Exception) -> SourceError:
         good = _blocks_before_error(stream)
     line, column, empty = 1, 0, True
     with open_stream(path) as stream:
-        parser = ijson.basic_parse_coro(_discard())
+        parser = ijson.basic_parse_coro(_Discard())
         for _ in range(good):
             block = stream.read(_BLOCK)
             empty = empty and not block.strip()
@@ -230,7 +230,7 @@ def syntax_error(path: str, error: Exception) -> SourceError:
 
 
 def _blocks_before_error(stream: BinaryIO) -> int:
-    parser = ijson.basic_parse_coro(_discard())
+    parser = ijson.basic_parse_coro(_Discard())
     count = 0
     try:
         while block := stream.read(_BLOCK):
@@ -241,7 +241,7 @@ def _blocks_before_error(stream: BinaryIO) -> int:
     return count
 
 
-class _discard:
+class _Discard:
     """Target of a parser whose events nobody reads."""
 
     def send(self, event: Any) -> None:

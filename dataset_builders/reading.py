@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Iterator
 
-from dataset_builders.files import Record, SourceError
+from dataset_builders.files import Record, SourceError, expand_paths
 from dataset_builders.parallel import blocks, check_num_proc, ordered_map
 from dataset_builders.schema import Drop, RecordError, Report, Row, validate_row
 from dataset_builders.settings import Settings
@@ -89,17 +89,18 @@ def _convert_block(records: list[Record]) -> list[tuple[str, str, list[Outcome]]
 
 
 def readable_records(source: Source, path: str | None, on_error: str, report: Report) -> Iterator[Record]:
-    """The records of a source, up to a place behind which nothing can be read.
+    """The records of a source, each file up to a place behind which nothing in it can be read.
 
     Raises:
         SourceError: such a place, unless it is to be dropped; a file that is not there or empty, in any case.
     """
-    try:
-        yield from source.records(path)
-    except SourceError as error:
-        if on_error == "raise" or not error.place:
-            raise
-        report.drop(f"error: {error.problem.split(':')[0]}")
+    for file in expand_paths(path) if path and "*" in path else [path]:
+        try:
+            yield from source.records(file)
+        except SourceError as error:
+            if on_error == "raise" or not error.place:
+                raise
+            report.drop(f"error: {error.problem.split(':')[0]}")
 
 
 def settle(outcome: Outcome, file: str, place: str, on_error: str, report: Report) -> Row | None:

@@ -24,6 +24,8 @@ def hub(tmp_path_factory):
         "HF_TOKEN": "test",
         "HF_HOME": home,
         "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_OFFLINE": "0",
+        "HF_DATASETS_OFFLINE": "0",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     }
     server.stdin.close()
@@ -50,7 +52,7 @@ import json, sys
 from datasets import load_dataset
 repo = sys.argv[1]
 found = {}
-for config in (None, "squad_v2", "hotpotqa", "repliqa"):
+for config in (None, "squad_v2", "repliqa"):
     splits = load_dataset(repo, config, streaming=True)
     found[config or "default"] = {split: list(rows) for split, rows in splits.items()}
 print(json.dumps(found))
@@ -69,8 +71,8 @@ def test_a_published_mix_reads_back_row_for_row(hub, published):
     from_folder = json.loads(run(hub, published, "-c", READ_BACK, str(published / "mix")))
     assert from_hub == from_folder
     table = json.loads((published / "mix" / "build.json").read_text())
-    for name, config in table["configs"].items():
-        read = from_hub["default" if name == "mix" else name]
+    for name, read in from_hub.items():
+        config = table["configs"]["mix" if name == "default" else name]
         assert {split: len(rows) for split, rows in read.items()} == {
             split: counts["rows"] for split, counts in config["splits"].items()
         }
@@ -154,3 +156,50 @@ def test_an_unfinished_folder_is_not_published(hub, published):
     done = subprocess.run(command, env=hub, cwd=published, capture_output=True, text=True)
     assert done.returncode == 1
     assert "half holds no build.json: it is not a finished build" in done.stderr
+
+
+CLIENT = """
+from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+api = HfApi()
+
+def raises(kind, call):
+    try:
+        call()
+    except kind:
+        return
+    raise AssertionError(f"no {kind.__name__}")
+
+for kind in ("model", "dataset", "space", "kernel"):
+    repo = f"tester/one-{kind}"
+    extra = {"space_sdk": "gradio"} if kind == "space" else {}
+    api.create_repo(repo, repo_type=kind, private=kind == "space", **extra)
+    raises(HfHubHTTPError, lambda: api.create_repo(repo, repo_type=kind, **extra))
+    large = bytes(range(256)) * 40
+    api.upload_file(path_or_fileobj=large, path_in_repo="folder/weights.safetensors", repo_id=repo, repo_type=kind)
+    first = api.repo_info(repo, repo_type=kind).sha
+    api.upload_file(path_or_fileobj=b"text", path_in_repo="README.md", repo_id=repo, repo_type=kind)
+    api.create_branch(repo, branch="v1", revision=first, repo_type=kind)
+    api.create_tag(repo, tag="release", repo_type=kind)
+    assert api.list_repo_files(repo, repo_type=kind) == [".gitattributes", "README.md", "folder/weights.safetensors"]
+    assert api.list_repo_files(repo, repo_type=kind, revision="v1") == [".gitattributes", "folder/weights.safetensors"]
+    path = hf_hub_download(repo, "folder/weights.safetensors", repo_type=kind, revision="release")
+    assert open(path, "rb").read() == large
+    refs = api.list_repo_refs(repo, repo_type=kind)
+    assert ({r.name for r in refs.branches}, {r.name for r in refs.tags}) == ({"main", "v1"}, {"release"})
+    assert len(api.list_repo_commits(repo, repo_type=kind)) == 3
+    raises(EntryNotFoundError, lambda: hf_hub_download(repo, "no.txt", repo_type=kind))
+    raises(RevisionNotFoundError, lambda: hf_hub_download(repo, "README.md", repo_type=kind, revision="v2"))
+    pull = api.upload_file(path_or_fileobj=b"x", path_in_repo="x.txt", repo_id=repo, repo_type=kind, create_pr=True)
+    assert "x.txt" not in api.list_repo_files(repo, repo_type=kind)
+    api.delete_file("README.md", repo, repo_type=kind)
+    assert "README.md" not in api.list_repo_files(repo, repo_type=kind)
+raises(RepositoryNotFoundError, lambda: HfApi(token=False).repo_info("tester/one-space", repo_type="space"))
+api.delete_repo("tester/one-model")
+raises(RepositoryNotFoundError, lambda: api.repo_info("tester/one-model"))
+print("done")
+"""
+
+
+def test_the_hub_on_loopback_answers_like_one(hub, tmp_path):
+    assert run(hub, tmp_path, "-c", CLIENT).splitlines()[-1] == "done"
