@@ -53,7 +53,7 @@ def read_file(path: Path, verify: bool) -> tuple[dict[str, str], dict[str, Tenso
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
             _check_header(header, path)
-            _check_extents(file)
+            _check_extents(file, path)
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     # torch and safetensors each have errors of their own for sizes, dtypes and names that cannot be
     except (SafetensorError, RuntimeError, TypeError, KeyError, OverflowError) as error:
@@ -94,11 +94,11 @@ def _check_header(header: dict[str, str], path: Path) -> None:
         raise ValueError(f"{path} has unknown layout {header['layout']!r:.40} or dtype {header['dtype']!r:.40}.")
 
 
-def _check_extents(file) -> None:
+def _check_extents(file, path: Path) -> None:
     """Refuse shapes that torch cannot hold: an empty tensor may declare any size."""
     for name in file.keys():
         if any(size >= 2**48 for size in file.get_slice(name).get_shape()):
-            raise ValueError(f"`{name}` declares a size of 2**48 or more; encode the contexts again.")
+            raise ValueError(f"`{name}` in {path} declares a size of 2**48 or more; encode the contexts again.")
 
 
 def _check_state(name: str, data: Tensor, dtype: str, tensors: dict[str, Tensor]) -> "Tensor | QuantizedTensor":
