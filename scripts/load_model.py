@@ -1,0 +1,31 @@
+"""The model that a script is told to use: a folder of added weights, a whole model's folder, or a Hub id."""
+
+from pathlib import Path
+
+from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer
+
+from modeling_xcllama import XCLlamaForCausalLM, XCLlamaProcessor
+from modeling_xcllama.checkpoints import find_model, is_added_weights, load_checkpoint
+
+ROOT = Path(__file__).resolve().parent.parent
+CHECKPOINT = ROOT / "checkpoints" / "xc-smollm2-135m"
+BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def load_model(name: str | None):
+    """Model and processor; without a name the repository's checkpoint, or untrained weights where it has none.
+
+    Args:
+        name: folder of added weights, folder or Hub id of a whole model, or "untrained".
+    """
+    if name is None:
+        name = str(CHECKPOINT) if is_added_weights(CHECKPOINT) else "untrained"
+    if name == "untrained":
+        print(f"no trained weights: untrained cross-attention on {BASE}")
+        base = find_model(BASE)
+        model = XCLlamaForCausalLM.from_decoder(base, context_layer=15, cross_attention_layers=list(range(14, 30, 2)))
+        return model.eval(), XCLlamaProcessor(AutoTokenizer.from_pretrained(base))
+    if is_added_weights(name):
+        return load_checkpoint(name)
+    model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True, dtype="auto", device_map="auto")
+    return model.eval(), AutoProcessor.from_pretrained(name, trust_remote_code=True)
