@@ -3,7 +3,6 @@
 import re
 import subprocess
 import tempfile
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -57,9 +56,14 @@ def specialize(launch: Launch) -> tuple[dict, dict, dict]:
     return signature, constants, attributes
 
 
+def source_of(launch: Launch) -> ASTSource:
+    """What is compiled; its hash covers the code, the signature and the constants."""
+    return ASTSource(launch.kernel, *specialize(launch))
+
+
 def compile_launch(launch: Launch, target: Target):
     """The compiled kernel of a launch (planned on meta tensors) for `target`."""
-    source = ASTSource(launch.kernel, *specialize(launch))
+    source = source_of(launch)
     gpu = GPUTarget(target.backend, target.arch, 32 if target.backend == "cuda" else 64)
     return triton.compile(source, target=gpu, options=launch.options())
 
@@ -79,24 +83,15 @@ def loop_lines(text: str) -> list[str]:
     return [line for line, loop in zip(lines, inside, strict=True) if loop]
 
 
-@cache
-def _tool(name: str) -> str:
-    return str(NVIDIA_TOOLS / name)
-
-
 def _nvidia_resources(compiled) -> dict[str, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        run = {"capture_output": True, "text": True, "check": True}
-        usage = subprocess.run([_tool("cuobjdump"), "-res-usage", file.name], **run).stdout
-        sass = subprocess.run([_tool("nvdisasm"), "-c", file.name], **run).stdout
-    # a spill is a store to local memory: nothing else in these kernels uses it
-    stores = re.findall(r"\bSTL(?:\.(\d+))?\b", sass)
-    return {
-        "registers": int(re.search(r"REG:(\d+)", usage).group(1)),
-        "spill_bytes": sum(int(width or 32) // 8 for width in stores),
-    }
+        command = [str(NVIDIA_TOOLS / "cuobjdump"), "-res-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    # bytes a thread; the stack holds nothing but spills: the kernels have no local arrays and call nothing
+    names = {"registers": "REG", "spill_bytes": "STACK"}
+    return {name: int(re.search(rf"{key}:(\d+)", usage).group(1)) for name, key in names.items()}
 
 
 def _amd_resources(compiled) -> dict[str, int]:

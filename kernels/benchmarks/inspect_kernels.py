@@ -8,16 +8,18 @@ when decode asks for more than 1.05 times the bytes it must read. Run without TR
 """
 
 import argparse
+import hashlib
+import json
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from ahead_of_time import TARGETS, inspect
+from ahead_of_time import TARGETS, inspect, source_of
 from provenance import provenance, write_json
 from traffic import CHIPS, Shape, decode_traffic, forward_traffic
-from variants import DTYPES, KERNELS, Variant, all_variants, attention_tensors, one_variant_a_kernel
+from variants import DTYPES, Variant, all_variants, attention_tensors, one_variant_a_kernel
 from xcllama_kernels.decode import plan_decode
 from xcllama_kernels.forward import plan_forward
 from xcllama_kernels.launch import INTERPRETED
@@ -45,6 +47,22 @@ def problems(record: dict) -> list[str]:
     return found
 
 
+def inspect_cached(variant: Variant, target: str, cache: Path | None) -> dict[str, object]:
+    """One record of the results, from the lines of `cache` where the same code was compiled for the same variant."""
+    code = source_of(variant.launch).hash()
+    identity = [code, target, variant.launch.options(), variant.traffic.requested]
+    key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+    if cache is not None and cache.exists():
+        for line in cache.read_text().splitlines():
+            if line.startswith(key):
+                return json.loads(line.partition(" ")[2])
+    record = inspect_variant(variant, target)
+    if cache is not None:
+        with cache.open("a") as file:
+            file.write(f"{key} {json.dumps(record)}\n")
+    return record
+
+
 def inspect_variant(variant: Variant, target: str) -> dict[str, object]:
     """One record of the results."""
     config = variant.launch.config
@@ -63,13 +81,12 @@ def inspect_variant(variant: Variant, target: str) -> dict[str, object]:
     return record | {"problems": problems(record)}
 
 
-def inspect_target(target: str, kernels: list[str], dtypes: list[str], one_a_kernel: bool) -> list[dict]:
-    """The records of one chip; what breaks a rule is printed at once."""
+def inspect_part(part: tuple[str, str], one_a_kernel: bool, cache: Path | None) -> list[dict]:
+    """The records of one chip and data type; what breaks a rule is printed at once."""
+    target, dtype = part
     records = []
-    for variant in (one_variant_a_kernel if one_a_kernel else all_variants)(TARGETS[target]):
-        if variant.kernel not in kernels or variant.dtype not in dtypes:
-            continue
-        records.append(inspect_variant(variant, target))
+    for variant in (one_variant_a_kernel if one_a_kernel else all_variants)(TARGETS[target], dtype):
+        records.append(inspect_cached(variant, target, cache))
         if records[-1]["problems"]:
             print(*(records[-1][name] for name in ("target", "kernel", "dtype", "bits", "head_dim")), end=" ")
             print(list(records[-1]["config"].values()), "; ".join(records[-1]["problems"]), flush=True)
@@ -101,19 +118,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=list(TARGETS))
-    parser.add_argument("--kernels", nargs="+", default=list(KERNELS), choices=KERNELS)
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES))
-    parser.add_argument("--jobs", type=int, default=2, help="chips compiled for at the same time")
+    parser.add_argument("--jobs", type=int, default=2, help="processes that compile")
+    parser.add_argument("--cache", type=Path, help="records to reuse where the code is the same")
     parser.add_argument("--one-a-kernel", action="store_true", help="the default configuration in bf16 only")
     arguments = parser.parse_args()
     if INTERPRETED:
         raise ValueError("nothing is compiled under TRITON_INTERPRET=1; unset it.")
     start = time.monotonic()
-    inspect_chip = partial(
-        inspect_target, kernels=arguments.kernels, dtypes=arguments.dtypes, one_a_kernel=arguments.one_a_kernel
-    )
+    one = arguments.one_a_kernel
+    parts = [(target, dtype) for dtype in (["bf16"] if one else arguments.dtypes) for target in arguments.targets]
     with ProcessPoolExecutor(arguments.jobs) as pool:
-        records = [record for chip in pool.map(inspect_chip, arguments.targets) for record in chip]
+        run_part = partial(inspect_part, one_a_kernel=one, cache=arguments.cache)
+        records = [record for part in pool.map(run_part, parts) for record in part]
     broken = sum(bool(record["problems"]) for record in records)
     run = provenance(Path(__file__), "no GPU used")
     run |= {"seconds": round(time.monotonic() - start, 1), "num_kernels": len(records), "broken": broken}

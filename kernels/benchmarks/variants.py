@@ -89,7 +89,7 @@ def decode_variants(target: Target, name: str, bits: int, head_dim: int) -> Iter
     most = configs.decode_rows(dtype, head_dim)
     # requests with a context each, as many that share one as fit into a tile, and one alone
     shapes = ((8, 8, 4096), (most // 4, 1, 8192), (1, 1, 16384))
-    for batch, contexts, context_len in shapes if (name, head_dim) == ("bf16", 128) else shapes[:2]:
+    for batch, contexts, context_len in shapes[: 3 if head_dim == 128 else 2] if name == "bf16" else shapes[:1]:
         shape = Shape(batch, contexts, context_len, 1, 32, 8, head_dim)
         tensors = attention_tensors(shape, dtype, bits)
         block_m = rows_a_tile(batch, contexts, 1, 4, most)
@@ -134,29 +134,28 @@ def projection_variants(target: Target, name: str, bits: int) -> Iterator[Varian
             yield Variant(launch, projection_traffic(launch), name, bits, None, shape)
 
 
-def all_variants(target: Target) -> Iterator[Variant]:
-    """Every configuration of every kernel: bf16 in full, fp32 quantized for head size 64, fp16 plain for head size 64.
+def all_variants(target: Target, name: str) -> Iterator[Variant]:
+    """Every configuration of every kernel in bf16; fp32 plain, and int4 for head size 64; fp16 for head size 64.
 
     fp16 takes the configurations and, but for the type of the products, the code of bf16.
     """
-    for name in DTYPES:
-        for head_dim in HEAD_DIMS if name != "fp16" else (64,):
-            for bits in BITS if name == "bf16" else (0, 4) if name == "fp32" and head_dim == 64 else (0,):
-                yield from forward_variants(target, name, bits, head_dim)
-                yield from decode_variants(target, name, bits, head_dim)
-            yield from backward_variants(target, name, head_dim)
-        for bits in BITS[1:] if name == "bf16" else (4,):
-            yield from projection_variants(target, name, bits)
+    for head_dim in HEAD_DIMS if name != "fp16" else (64,):
+        for bits in BITS if name == "bf16" else (0, 4) if name == "fp32" and head_dim == 64 else (0,):
+            yield from forward_variants(target, name, bits, head_dim)
+            yield from decode_variants(target, name, bits, head_dim)
+        yield from backward_variants(target, name, head_dim)
+    for bits in BITS[1:] if name == "bf16" else (4,):
+        yield from projection_variants(target, name, bits)
 
 
-def one_variant_a_kernel(target: Target) -> list[Variant]:
-    """The default configuration of each kernel in bf16 for head size 64: what continuous integration compiles."""
+def one_variant_a_kernel(target: Target, name: str) -> list[Variant]:
+    """The default configuration of each kernel for head size 64: what continuous integration compiles."""
     found: dict[str, Variant] = {}
     candidates = [
-        forward_variants(target, "bf16", 4, 64),
-        decode_variants(target, "bf16", 0, 64),
-        backward_variants(target, "bf16", 64),
-        projection_variants(target, "bf16", 8),
+        forward_variants(target, name, 4, 64),
+        decode_variants(target, name, 0, 64),
+        backward_variants(target, name, 64),
+        projection_variants(target, name, 8),
     ]
     for variants in candidates:
         for variant in variants:

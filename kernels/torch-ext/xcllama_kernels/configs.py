@@ -37,7 +37,7 @@ def forward_configs(target: Target, dtype: torch.dtype, head_dim: int, bits: int
         if _is_ampere(target):
             return [Config(128, 32, 8, 3), Config(64, 32, 4, 2)]
         return [Config(128, 64, 8, 2), Config(64, 64, 4, 2)]
-    return [Config(64, 32, 8, 2)] if _is_ampere(target) else [Config(64, 32, 4, 2)]
+    return [Config(64, 32, 8, 2)] if _is_ampere(target) else [Config(64, 32, 8, 1)]
 
 
 def decode_rows(dtype: torch.dtype, head_dim: int) -> int:
@@ -53,7 +53,9 @@ def decode_configs(target: Target, dtype: torch.dtype, head_dim: int, bits: int,
         return [Config(block_m, 16 if size == 256 else 32, 4, 1)]
     if target.backend == "hip":
         return [Config(block_m, 64 if size < 256 and block_m < 128 else 32, 4, 2 if size < 256 else 1)]
-    if size == 256 or (_is_ampere(target) and block_m == 128 and bits):
+    if size == 256 and bits:
+        return [Config(block_m, 16 if block_m >= 64 else 32, 8 if block_m >= 64 else 4, 1)]
+    if size == 256 or (bits and (size == 128 or _is_ampere(target)) and target.arch != 90):
         return [Config(block_m, 32, 8 if block_m >= 64 else 4, 2)]
     return [Config(block_m, 64, warps, 3), Config(block_m, 32, warps, 4)]
 
