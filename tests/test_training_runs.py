@@ -3,7 +3,9 @@
 import json
 import os
 import runpy
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -118,6 +120,33 @@ def test_two_processes_give_the_losses_of_one(make_recipe, tmp_path):
     assert [line["target_tokens"] for line in two] == [line["target_tokens"] for line in one]
     for name, weight in weights_of(tmp_path / "one").items():
         torch.testing.assert_close(weights_of(tmp_path / "two")[name], weight, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_sharded_processes_give_the_losses_of_one_and_resume(make_recipe, tmp_path, precision):
+    recipe = make_recipe(optimization={"steps": 6, "precision": precision}, run={"save_steps": 3})
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
+    # `accelerate launch` refuses --cpu beside --use_fsdp; these are the variables that it would set
+    environment |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    environment |= {"FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
+    environment |= {"FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer"}
+    for arguments in ((), ("--resume",)):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        launch = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port)
+        command = run_script(recipe, tmp_path / "two", *arguments, launcher=launch)
+        done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        if not arguments:
+            shutil.rmtree(tmp_path / "two" / "checkpoint-00000006")
+    run_recipe(recipe, tmp_path / "one")
+    one, two = ([line["loss"] for line in read_log(tmp_path / name / "log.jsonl")] for name in ("one", "two"))
+    assert two == pytest.approx(one, rel=1e-5 if precision == "fp32" else 1e-2)
+    for name, weight in weights_of(tmp_path / "one").items():
+        tolerance = 1e-4 if precision == "fp32" else 3e-2
+        torch.testing.assert_close(weights_of(tmp_path / "two")[name], weight, rtol=tolerance, atol=tolerance)
 
 
 def test_accumulation_gives_the_losses_of_one_batch(make_recipe, tmp_path):

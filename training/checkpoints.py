@@ -25,7 +25,9 @@ from torch.distributed.checkpoint.state_dict import (
 
 from training.recipe import Recipe, recipe_from_dict
 
-_OPTIONS = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+# the main process alone gets what is written; every process gets what it compares with
+_SAVE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+_COMPARE = StateDictOptions(full_state_dict=True, ignore_frozen_params=True)
 _LOAD = StateDictOptions(full_state_dict=True, ignore_frozen_params=True, strict=False)
 
 
@@ -71,8 +73,8 @@ def save_checkpoint(
     folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, keep: int, is_main: bool
 ) -> None:
     """Write the checkpoint after `step` updates and remove all but the newest `keep`; every process must call it."""
-    weights = get_model_state_dict(model, options=_OPTIONS)
-    states = get_optimizer_state_dict(model, optimizer, options=_OPTIONS)["state"]
+    weights = get_model_state_dict(model, options=_SAVE)
+    states = get_optimizer_state_dict(model, optimizer, options=_SAVE).get("state", {})
     if not is_main:
         return
     target = folder / f"checkpoint-{step:08d}"
@@ -107,7 +109,7 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
         step = json.loads((path / "state.json").read_text())["step"]
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise ValueError(f"{path} cannot be read ({error}); remove it to resume from the one before.") from None
-    wanted = {name: tensor.shape for name, tensor in get_model_state_dict(model, options=_OPTIONS).items()}
+    wanted = {name: tensor.shape for name, tensor in get_model_state_dict(model, options=_COMPARE).items()}
     if wanted != {name: tensor.shape for name, tensor in weights.items()}:
         different = sorted(set(wanted) ^ set(weights)) or [
             name for name in wanted if wanted[name] != weights[name].shape
@@ -120,7 +122,7 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
         for name, tensor in flat.items():
             parameter, key = name.rsplit("|", 1)
             states.setdefault(parameter, {})[key] = tensor
-        groups = get_optimizer_state_dict(model, optimizer, options=_OPTIONS)["param_groups"]
+        groups = get_optimizer_state_dict(model, optimizer, options=_COMPARE)["param_groups"]
         set_optimizer_state_dict(model, optimizer, {"state": states, "param_groups": groups}, options=_LOAD)
     return step
 
