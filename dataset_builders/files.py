@@ -5,7 +5,8 @@ import json
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, BinaryIO
 
 import fsspec
@@ -13,10 +14,9 @@ import ijson
 import pyarrow
 import pyarrow.parquet
 
+from dataset_builders.json_position import BLOCK, record_line, syntax_error_position
 from dataset_builders.schema import RecordError
 
-# small: the parser queues all values of a block
-_BLOCK = 1 << 14
 _PARQUET_BATCH = 64
 
 
@@ -39,6 +39,19 @@ class Record:
     file: str
     place: str
     content: Any
+    # where the records of a JSON document are, and which of them this is
+    prefix: str = ""
+    number: int = 0
+
+    def located(self) -> str:
+        """The place with its line, which costs reading a JSON document once more."""
+        if not self.prefix:
+            return self.place
+        return f"{self.place} (line {record_line(partial(open_stream, self.file), self.prefix, self.number)})"
+
+    def without_content(self) -> "Record":
+        """The place alone."""
+        return replace(self, content=None)
 
     def value(self) -> Any:
         """The parsed record.
@@ -119,6 +132,15 @@ def expand_paths(path: str) -> list[str]:
     return [path]
 
 
+def broken_json(path: str, error: Exception) -> SourceError:
+    """The error for a JSON document that does not parse, with its place."""
+    position = syntax_error_position(partial(open_stream, path))
+    if position is None:
+        return SourceError(path, "", "is empty")
+    reason = str(error).split("\n")[0].strip() or type(error).__name__
+    return SourceError(path, f"line {position[0]}, column {position[1]}", f"is not JSON: {reason}")
+
+
 @contextmanager
 def open_stream(path: str) -> Iterator[BinaryIO]:
     """Open `path` for reading bytes, decompressed by its suffix."""
@@ -162,11 +184,11 @@ def json_items(path: str, prefix: str) -> Iterator[Record]:
     count = [0]
     with _readable(path, count, "record"), open_stream(path) as stream:
         try:
-            for item in ijson.items(stream, prefix, use_float=True, buf_size=_BLOCK):
+            for item in ijson.items(stream, prefix, use_float=True, buf_size=BLOCK):
                 count[0] += 1
-                yield Record(path, f"record {count[0]}", item)
+                yield Record(path, f"record {count[0]}", item, prefix, count[0])
         except ijson.JSONError as error:
-            raise syntax_error(path, error) from None
+            raise broken_json(path, error) from None
     if not count[0]:
         raise SourceError(path, "", f"holds no record at `{prefix}`", prefix)
 
@@ -194,55 +216,10 @@ def _column(path: str, name: str) -> Iterator[tuple[str, Any]]:
     count = [0]
     with _readable(path, count, "record"), open_stream(path) as stream:
         try:
-            for pair in ijson.kvitems(stream, name, use_float=True, buf_size=_BLOCK):
+            for pair in ijson.kvitems(stream, name, use_float=True, buf_size=BLOCK):
                 count[0] += 1
                 yield pair
         except ijson.JSONError as error:
-            raise syntax_error(path, error) from None
+            raise broken_json(path, error) from None
     if not count[0]:
         raise SourceError(path, "", f"holds no column `{name}`", name)
-
-
-def syntax_error(path: str, error: Exception) -> SourceError:
-    """The place of a syntax error in a JSON document, found by parsing it once more, the last block byte by byte."""
-    reason = str(error).split("\n")[0].strip() or type(error).__name__
-    with open_stream(path) as stream:
-        good = _blocks_before_error(stream)
-    line, column, empty = 1, 0, True
-    with open_stream(path) as stream:
-        parser = ijson.basic_parse_coro(_Discard())
-        for _ in range(good):
-            block = stream.read(_BLOCK)
-            empty = empty and not block.strip()
-            line += block.count(b"\n")
-            column = len(block) - block.rfind(b"\n") - 1 if b"\n" in block else column + len(block)
-            parser.send(block)
-        try:
-            for byte in stream.read(_BLOCK):
-                empty = empty and not bytes([byte]).strip()
-                line, column = (line + 1, 0) if byte == 0x0A else (line, column + 1)
-                parser.send(bytes([byte]))
-        except ijson.JSONError:
-            pass
-    if empty:
-        return SourceError(path, "", "is empty")
-    return SourceError(path, f"line {line}, column {column}", f"is not JSON: {reason}")
-
-
-def _blocks_before_error(stream: BinaryIO) -> int:
-    parser = ijson.basic_parse_coro(_Discard())
-    count = 0
-    try:
-        while block := stream.read(_BLOCK):
-            parser.send(block)
-            count += 1
-    except ijson.JSONError:
-        pass
-    return count
-
-
-class _Discard:
-    """Target of a parser whose events nobody reads."""
-
-    def send(self, event: Any) -> None:
-        pass

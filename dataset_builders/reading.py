@@ -63,15 +63,15 @@ def checked_rows(
 ) -> Iterator[Row]:
     """All rows of `records`; drops and errors are counted, or raised, as they come."""
     if num_proc == 1:
-        settled = ((record.file, record.place, outcomes(source, record, settings)) for record in records)
+        settled = ((record, outcomes(source, record, settings)) for record in records)
     else:
         done = ordered_map(
             _convert_block, blocks(records, _BLOCK_RECORDS), num_proc, _start_worker, (source.name, settings)
         )
         settled = (entry for block in done for entry in block)
-    for file, place, found in settled:
+    for record, found in settled:
         for outcome in found:
-            if (row := settle(outcome, file, place, on_error, report)) is not None:
+            if (row := settle(outcome, record, on_error, report)) is not None:
                 yield row
 
 
@@ -83,9 +83,9 @@ def _start_worker(name: str, settings: Settings) -> None:
     _worker = get_source(name), settings
 
 
-def _convert_block(records: list[Record]) -> list[tuple[str, str, list[Outcome]]]:
+def _convert_block(records: list[Record]) -> list[tuple[Record, list[Outcome]]]:
     source, settings = _worker
-    return [(record.file, record.place, list(outcomes(source, record, settings))) for record in records]
+    return [(record.without_content(), list(outcomes(source, record, settings))) for record in records]
 
 
 def readable_records(source: Source, path: str | None, on_error: str, report: Report) -> Iterator[Record]:
@@ -103,7 +103,7 @@ def readable_records(source: Source, path: str | None, on_error: str, report: Re
             report.drop(f"error: {error.problem.split(':')[0]}")
 
 
-def settle(outcome: Outcome, file: str, place: str, on_error: str, report: Report) -> Row | None:
+def settle(outcome: Outcome, record: Record, on_error: str, report: Report) -> Row | None:
     """Count an outcome; return the row, if it is one.
 
     Raises:
@@ -114,7 +114,7 @@ def settle(outcome: Outcome, file: str, place: str, on_error: str, report: Repor
         return None
     if isinstance(outcome, RecordError):
         if on_error == "raise":
-            raise SourceError(file, place, str(outcome), outcome.field)
+            raise SourceError(record.file, record.located(), str(outcome), outcome.field)
         report.drop(drop_reason(outcome))
         return None
     report.keep()

@@ -123,7 +123,7 @@ def test_one_bad_question_of_an_article(tmp_path, change, message, reason):
     path.write_bytes(squad_with(change))
     with pytest.raises(SourceError) as error:
         list(read_source("squad_v2", str(path), split="all"))
-    assert f"{path}, record 1: `paragraphs[0].qas[" in str(error.value)
+    assert f"{path}, record 1 (line 1): `paragraphs[0].qas[" in str(error.value)
     assert message in str(error.value)
     report = Report()
     rows = list(read_source("squad_v2", str(path), split="all", on_error="drop", report=report))
@@ -167,6 +167,16 @@ def test_truncated_json_documents(tmp_path, name, fixture):
     (tmp_path / f"{fixture}.gz").write_bytes(gzip.compress(text)[:-60])
     with pytest.raises(SourceError, match="truncated gzip"):
         list(read_source(name, str(tmp_path / f"{fixture}.gz"), split="all"))
+
+
+def test_records_of_json_documents_are_named_with_their_line(tmp_path):
+    articles = [json.dumps(SQUAD["data"][1]) for _ in range(1200)]
+    articles[1100] = articles[1100].replace('"novara-1"', "7")
+    path = tmp_path / "squad.json.gz"
+    path.write_bytes(gzip.compress(('{"data": [\n' + ",\n\n".join(articles) + "]}").encode()))
+    for num_proc in (1, 2):
+        with pytest.raises(SourceError, match=r"record 1101 \(line 2202\): `paragraphs\[0\].qas\[0\].id` must be"):
+            list(read_source("squad_v2", str(path), split="all", num_proc=num_proc))
 
 
 def test_json_documents_that_are_not_utf8(tmp_path):

@@ -54,7 +54,9 @@ def test_workers_report_errors_and_drops_like_one_process(tmp_path):
     Path(path).write_text(text)
     messages, reports = [], []
     for num_proc in (1, 2):
-        with pytest.raises(ValueError, match=r"record 41: `paragraphs\[0\].qas\[1\].id` must be a string") as error:
+        with pytest.raises(
+            ValueError, match=r"record 41 \(line 1\): `paragraphs\[0\].qas\[1\].id` must be a string"
+        ) as error:
             list(read_source("squad_v2", path, split="all", num_proc=num_proc))
         messages.append(str(error.value))
         reports.append(Report())
