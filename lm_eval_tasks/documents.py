@@ -1,6 +1,8 @@
 """The documents of a task: rows of `dataset_builders` as a data set of lm-eval."""
 
+from collections.abc import Iterator
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -24,7 +26,8 @@ def load_documents(
         default_split: "test", "validation", "train" or "all"; a source's test split is never trained on.
         default_path: its files or Hub id; None: the source's own default.
         split: instead of `default_split`, from `--metadata`.
-        paths: {source: path} instead of `default_path`, from `--metadata`.
+        paths: {source: path} instead of `default_path`, from `--metadata`: official files, a Hub id, or a folder that
+            scripts/build_dataset.py made.
         max_documents: read no more than so many, from `--metadata`.
         lm_eval_metadata: what else lm-eval hands over: version, model arguments and the like. Not used.
 
@@ -33,17 +36,29 @@ def load_documents(
     """
     path, split = (paths or {}).get(source, default_path), split or default_split
     try:
-        rows = [row for row in islice(read_source(source, path, split), max_documents) if row["question"]]
+        rows = [row for row in islice(_rows(source, path, split), max_documents) if row["question"]]
     except (SourceError, RuntimeError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
             f"the data of {source!r} is not here ({reason}). Build it where there is a network with `python "
-            f"scripts/build_dataset.py --source {source} --output FOLDER`, or give its official file: --metadata "
-            f'\'{{"paths": {{"{source}": "FILE"}}}}\'.'
+            f"scripts/build_dataset.py --source {source} --output FOLDER`, then give the folder, or an official file: "
+            f'--metadata \'{{"paths": {{"{source}": "FOLDER"}}}}\'.'
         ) from error
     if not rows:
         raise ValueError(f"the {split} split of {source!r} has no questions; give another `split` in --metadata.")
     return {"test": datasets.Dataset.from_list(rows, features=FEATURES)}
+
+
+def _rows(source: str, path: str | None, split: str) -> Iterator[dict[str, Any]]:
+    if path is None or not Path(path).is_dir():
+        yield from read_source(source, path, split)
+        return
+    files = sorted(Path(path).rglob("*.parquet" if split == "all" else f"{split}-*.parquet"))
+    if not files:
+        raise OSError(f"{path} holds no {split}-*.parquet")
+    for file in files:
+        # the folder may be a build of several sources
+        yield from (row for row in read_source("rows", str(file), "all") if row["dataset"] == source)
 
 
 def yes_or_no(document: dict[str, Any]) -> int:

@@ -13,9 +13,10 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
-from dataset_builders import SOURCES
+from dataset_builders import FEATURES, SOURCES, read_source
 from dataset_builders.wheels import cache_folder
 from lm_eval_tasks import command
+from lm_eval_tasks.documents import load_documents
 from lm_eval_tasks.task import ContextTask
 from modeling_xcllama import XCLlamaProcessor
 
@@ -190,6 +191,20 @@ def test_groups_and_tasks_fit_the_sources():
             assert configs[task]["task"] == task
             assert configs[task]["dataset_kwargs"]["source"] in SOURCES
             assert configs[task]["metadata"]["version"] == 1.0
+
+
+def test_documents_of_a_built_folder(tmp_path):
+    from datasets import Dataset
+
+    rows = list(read_source("squad_v2", str(FIXTURES / "squad_v2.json"), "all"))
+    others = list(read_source("msmarco", str(FIXTURES / "msmarco.json"), "all"))
+    (tmp_path / "mix").mkdir()
+    Dataset.from_list(rows + others, features=FEATURES).to_parquet(tmp_path / "mix" / "test-00000.parquet")
+    paths = {"squad_v2": str(tmp_path)}
+    assert load_documents("squad_v2", paths=paths)["test"].to_list() == rows
+    assert load_documents("squad_v2", paths=paths, max_documents=1)["test"].to_list() == rows[:1]
+    with pytest.raises(ValueError, match="holds no train-.*build_dataset.py --source squad_v2"):
+        load_documents("squad_v2", paths=paths, split="train")
 
 
 def test_prompts_are_those_of_the_processor():
