@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 # tokens encoded in one batch, padding included
 TOKENS_PER_BATCH = 4096
@@ -18,6 +19,12 @@ OFFSET_POSITION_MODELS = (
     "longformer",
     "roberta-prelayernorm",
 )
+
+
+def execution_device(module: nn.Module) -> torch.device:
+    """Where a module with weights computes: its weights' device, or the one that they are brought to from disk."""
+    device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    return module.weight.device if device is None else torch.device(device)
 
 
 def unpad(input_ids: Tensor, attention_mask: Tensor | None) -> list[Tensor]:
@@ -79,8 +86,16 @@ def weights_digest(tensors: Iterable[tuple[str, Tensor]], extra: dict | None = N
     digest = hashlib.sha256(json.dumps(extra or {}, sort_keys=True, default=str).encode())
     for name, tensor in sorted(tensors, key=lambda item: item[0]):
         digest.update(f"{name} {list(tensor.shape)}".encode())
-        tensor = tensor.detach()
-        # quantized weights are digested as they are stored
-        values = tensor.float() if tensor.is_floating_point() else tensor
-        digest.update(values.cpu().contiguous().view(torch.uint8).numpy().reshape(-1))
+        for part in _stored_parts(tensor.detach()):
+            # quantized weights are digested as they are stored
+            values = part.float() if part.is_floating_point() else part
+            digest.update(values.cpu().contiguous().view(torch.uint8).numpy().reshape(-1))
     return digest.hexdigest()
+
+
+def _stored_parts(tensor: Tensor) -> list[Tensor]:
+    """The plain tensors in a tensor subclass, as torchao's quantized weights are; else the tensor itself."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()
+    return [part for name in names for part in _stored_parts(getattr(tensor, name))]

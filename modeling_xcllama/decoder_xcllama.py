@@ -22,7 +22,15 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_xcllama import XCLlamaConfig
 from .context_cache import ContextCache, ProjectedContext
-from .context_encoding import batches_by_length, num_positions, pad_right, unpad, weights_digest, windows
+from .context_encoding import (
+    batches_by_length,
+    execution_device,
+    num_positions,
+    pad_right,
+    unpad,
+    weights_digest,
+    windows,
+)
 from .context_projection import ReadingPlan, project_hidden, rotate_keys
 from .cross_attention import resolve_implementation
 from .cross_attention_block import ContextProjection, CrossAttentionBlock
@@ -227,7 +235,7 @@ class XCLlamaModel(XCLlamaPreTrainedModel, LlamaModel):
             return self.norm(states) if layer in (None, self.config.num_hidden_layers) else states
 
     def _encode(self, context_input_ids: Tensor, context_attention_mask: Tensor | None) -> ContextCache:
-        sequences = unpad(context_input_ids.to(self.embed_tokens.weight.device), context_attention_mask)
+        sequences = unpad(context_input_ids.to(execution_device(self.embed_tokens)), context_attention_mask)
         lengths = [len(sequence) for sequence in sequences]
         if max(lengths) > self.config.context_max_length:
             raise ValueError(
@@ -242,8 +250,8 @@ class XCLlamaModel(XCLlamaPreTrainedModel, LlamaModel):
             for index, states in zip(batch, self._encode_batch(ids, mask), strict=True):
                 start, end = pieces[index][1]
                 encoded[pieces[index]] = states[: end - start]
-        empty = self.embed_tokens.weight.new_zeros((0, self.config.context_width))
-        packed = torch.cat([empty, *(encoded[piece] for piece in pieces)])
+        empty = torch.zeros((0, self.config.context_width), dtype=self.embed_tokens.weight.dtype)
+        packed = torch.cat([empty.to(sequences[0].device), *(encoded[piece] for piece in pieces)])
         if packed.numel() and not packed.detach().abs().amax().isfinite():
             raise ValueError(
                 f"the context states have NaN or infinite values in {packed.dtype}; load the model in float32."
@@ -287,7 +295,7 @@ class XCLlamaModel(XCLlamaPreTrainedModel, LlamaModel):
         dtype = self.context_projections[0].k_proj.weight.dtype
         if not dtype.is_floating_point:
             dtype = self.dtype
-        cache = cache.to(self.context_projections[0].k_proj.weight.device)
+        cache = cache.to(execution_device(self.context_projections[0].k_proj))
         plan = ReadingPlan.of(cache.offsets, cache.rows)
         if self.training and self.config.cross_attention_dropout:
             plan = plan.drop_tokens(self.config.cross_attention_dropout, cache.device)
@@ -354,6 +362,9 @@ class XCLlamaModel(XCLlamaPreTrainedModel, LlamaModel):
         versions = [tensor._version for tensor in tensors.values()]
         if self.config.context_fingerprint is None or versions != self._encoding_versions:
             if any(tensor.is_meta for tensor in tensors.values()):
+                # weights on disk are not trained: what was saved with them still holds
+                if self.config.context_fingerprint is not None:
+                    return self.config.context_fingerprint
                 raise ValueError("the weights that encode are offloaded: save the model once without `device_map`.")
             fields = (
                 "context_layer",

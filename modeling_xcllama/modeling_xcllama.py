@@ -1,5 +1,6 @@
 """XC-Llama: a frozen Llama decoder that reads cached contexts through added cross-attention (arXiv 2404.15420)."""
 
+import copy
 import json
 import os
 import secrets
@@ -190,7 +191,12 @@ class XCLlamaForCausalLM(ContextGenerationMixin, XCLlamaPreTrainedModel, LlamaFo
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
-        """`PreTrainedModel.from_pretrained`; the decoder comes frozen, as from `from_decoder`."""
+        """`PreTrainedModel.from_pretrained`; the decoder comes frozen, as from `from_decoder`.
+
+        A `quantization_config` quantizes the decoder and leaves the added modules in 16 bit.
+        """
+        if kwargs.get("quantization_config") is not None:
+            kwargs["quantization_config"] = keep_added_modules(kwargs["quantization_config"])
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.freeze_base()
@@ -258,6 +264,27 @@ class XCLlamaForCausalLM(ContextGenerationMixin, XCLlamaPreTrainedModel, LlamaFo
         with torch.no_grad():
             for name, tensor in tensors.items():
                 own[name].copy_(tensor)
+
+
+def keep_added_modules(quantization_config):
+    """A copy of a transformers quantization config that leaves the added modules, and the head, as they are.
+
+    Raises:
+        ValueError: the method has no list of modules to leave out.
+    """
+    fields = ("llm_int8_skip_modules", "modules_to_not_convert")
+    field = next((name for name in fields if hasattr(quantization_config, name)), None)
+    if field is None:
+        raise ValueError(
+            f"{type(quantization_config).__name__} cannot leave modules out: quantize the base and pass it to "
+            "`XCLlamaForCausalLM.from_decoder`."
+        )
+    config = copy.deepcopy(quantization_config)
+    added = [prefix.strip(".") for prefix in (*ADDED_PREFIXES, "model.encoder.")]
+    # the bare model's names have no prefix
+    added += [name.removeprefix("model.") for name in added]
+    setattr(config, field, sorted({*(getattr(config, field) or ["lm_head"]), *added}))
+    return config
 
 
 def _config_of(base: PreTrainedModel, encoder: PreTrainedModel | None, overrides: dict) -> XCLlamaConfig:

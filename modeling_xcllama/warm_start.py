@@ -21,8 +21,17 @@ def resize_heads(weight: Tensor, num_source: int, num_target: int) -> Tensor:
     )
 
 
+def dense_weight(linear: nn.Linear) -> Tensor:
+    """The weight `[out, in]` of a linear layer; of a quantized one, what it does to the identity."""
+    if type(linear) is nn.Linear and type(linear.weight) is nn.Parameter:
+        return linear.weight
+    identity = torch.eye(linear.in_features, device=linear.weight.device, dtype=torch.bfloat16)
+    output = linear(identity)
+    return (output if linear.bias is None else output - linear.bias).T
+
+
 def _copy(target: nn.Linear, source: nn.Linear, num_source: int = 1, num_target: int = 1) -> None:
-    target.weight.copy_(resize_heads(source.weight, num_source, num_target))
+    target.weight.copy_(resize_heads(dense_weight(source), num_source, num_target))
     if target.bias is not None:
         if source.bias is None:
             target.bias.zero_()
