@@ -1,5 +1,6 @@
 """A stand-in for model and processor: states that follow from the text alone, so that any test can recompute them."""
 
+import time
 from types import SimpleNamespace
 
 import torch
@@ -49,3 +50,16 @@ def row_states(cache, row: int) -> torch.Tensor:
     if not isinstance(state, torch.Tensor):
         state = state.dequantize(torch.float32).flatten(1)
     return torch.cat([state[start:end] for start, end in spans])
+
+
+class SlowModel(TableModel):
+    """Takes its time, so that a worker can be killed at work."""
+
+    def encode_context(self, ids, mask):
+        time.sleep(0.4)
+        return super().encode_context(ids, mask)
+
+
+def load_slow() -> tuple:
+    """What a Ray actor loads."""
+    return SlowModel(), ByteProcessor()

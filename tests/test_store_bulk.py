@@ -1,0 +1,233 @@
+"""Bulk encoding: one process, several, a Ray cluster that loses a node; the same states from all of them."""
+
+import os
+import runpy
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+
+from context_store import ContextStore
+from context_store.bulk import Settings, encode_task, finish, input_files, load_plan, make_plan, run_on_ray
+from context_store.documents import read_parquet
+
+SUPPORT = runpy.run_path(str(Path(__file__).with_name("store_support.py")))
+TableModel, ByteProcessor, row_states = (SUPPORT[name] for name in ("TableModel", "ByteProcessor", "row_states"))
+ROOT = Path(__file__).resolve().parents[1]
+ROWS = [{"id": f"d{i}", "text": f"document {i} on the lighthouse " * (i % 7), "page": i} for i in range(120)]
+
+
+@pytest.fixture
+def corpus(tmp_path) -> Path:
+    """Two Parquet files in small row groups; some documents stand in both, one twice in a file."""
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_pylist([*ROWS[:70], ROWS[3]]), folder / "a.parquet", row_group_size=9
+    )
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS[65:]), folder / "b.parquet", row_group_size=50)
+    return folder
+
+
+def settings_for(output, **options) -> Settings:
+    return Settings(str(output), **options)
+
+
+def encode_all(corpus, output, characters=1500, model=None, **options):
+    model = model or TableModel()
+    settings = settings_for(output, **options)
+    tasks = load_plan(str(corpus), settings, characters)
+    made = [encode_task(task, model, ByteProcessor(), settings) for task in tasks]
+    return finish(tasks, settings, model.fingerprint), made
+
+
+def assert_is_the_corpus(output, cache, expected=ROWS) -> None:
+    model = TableModel()
+    with ContextStore.open(str(output), model, ByteProcessor(), cache_folder=cache) as store:
+        assert len(store) == len(expected) == store.manifest.documents
+        states = store.get([row["id"] for row in expected])
+        for number, row in enumerate(expected):
+            assert torch.equal(row_states(states, number), model.states(row["text"]))
+        assert [hit.id for hit in store.search("lighthouse", where={"page": 66})] == ["d66"]
+        assert store.verify().damaged == []
+
+
+def test_rows_of_a_parquet_file_in_any_range(corpus):
+    for start, stop in [(0, None), (5, 23), (69, 71), (70, 70), (9, 18)]:
+        found = [document.id for document in read_parquet(corpus / "a.parquet", start=start, stop=stop)]
+        assert found == [row["id"] for row in [*ROWS[:70], ROWS[3]]][start:stop]
+
+
+def test_a_plan_has_each_document_once(corpus):
+    tasks = make_plan(input_files(str(corpus)), settings_for("unused"), 1000)
+    assert len(tasks) > 5
+    positions = {(task.file, row) for task in tasks for row in range(task.start, task.stop) if row not in task.skip}
+    assert len(positions) == 120
+    # the sixth repeated row would be a task of its own
+    assert sum(len(task.skip) for task in tasks) == 5
+    with pytest.raises(ValueError, match="no Parquet file"):
+        input_files(str(corpus / "*.csv"))
+    pyarrow.parquet.write_table(pyarrow.table({"id": ["d1"], "text": ["another"]}), corpus / "c.parquet")
+    with pytest.raises(ValueError, match="different texts with the id 'd1'"):
+        make_plan(input_files(str(corpus)), settings_for("unused"))
+
+
+def test_one_process(corpus, tmp_path):
+    manifest, made = encode_all(corpus, tmp_path / "out")
+    assert all(made)
+    assert len(manifest.shards) == len(made) > 5
+    assert_is_the_corpus(tmp_path / "out", tmp_path / "cache")
+    assert manifest.tokens == sum(len(row["text"].encode()) for row in ROWS)
+
+
+def test_a_run_goes_on_where_it_was_cut_off(corpus, tmp_path):
+    manifest, _ = encode_all(corpus, tmp_path / "out")
+    folder = tmp_path / "out"
+    (folder / "manifest.json").unlink()
+    # a crash between shard and part, and litter of one in the middle of a file
+    (folder / "catalogue" / "part-000002.parquet").unlink()
+    (folder / "shards" / ".shard-000003.safetensors.abcd.partial").write_bytes(b"half")
+    settings = settings_for(folder)
+    tasks = load_plan(str(corpus), settings, 1500)
+    with pytest.raises(ValueError, match=r"1 shards are missing \(2\)"):
+        finish(tasks, settings, "table-0")
+    again, made = encode_all(corpus, folder)
+    assert [number for number, was in enumerate(made) if was] == [2]
+    assert_is_the_corpus(folder, tmp_path / "cache")
+    assert (again.documents, again.tokens) == (manifest.documents, manifest.tokens)
+    with pytest.raises(ValueError, match="another model"):
+        encode_all(corpus, folder, model=TableModel(1))
+    with pytest.raises(ValueError, match="another model or with other settings"):
+        encode_all(corpus, folder, dtype="int8")
+    with pytest.raises(ValueError, match="another input"):
+        load_plan(str(corpus / "a.parquet"), settings)
+
+
+def test_quantized_at_rest(corpus, tmp_path):
+    manifest, _ = encode_all(corpus, tmp_path / "out", dtype="int8")
+    assert manifest.dtype == "int8"
+    with ContextStore.open(tmp_path / "out", cache_folder=tmp_path / "cache") as store:
+        assert store.get("d8").is_quantized
+
+
+def test_states_do_not_depend_on_who_encodes(corpus, tmp_path):
+    """Tasks in another order, by another model object: byte for byte the same shards."""
+    encode_all(corpus, tmp_path / "one")
+    settings = settings_for(tmp_path / "two")
+    tasks = load_plan(str(corpus), settings, 1500)
+    for task in tasks[::-1]:
+        encode_task(task, TableModel(), ByteProcessor(), settings)
+    finish(tasks, settings, "table-0")
+    for path in (tmp_path / "one" / "catalogue").iterdir():
+        other = tmp_path / "two" / "catalogue" / path.name
+        same = ["id", "start", "tokens", "checksum", "shard"]
+        read = pyarrow.parquet.read_table
+        assert read(path, columns=same).equals(read(other, columns=same))
+
+
+def test_output_on_s3(corpus, tmp_path, monkeypatch):
+    server = pytest.importorskip("moto.server", reason="moto is not installed")
+    pytest.importorskip("s3fs", reason="s3fs is not installed")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "test")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    thread = server.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    thread.start()
+    try:
+        host, port = thread.get_host_and_port()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        settings = settings_for("s3://corpora/bulk", storage_options={"skip_instance_cache": True})
+        settings.folder.fs.mkdir("corpora")
+        tasks = load_plan(str(corpus), settings, 1500)
+        for task in tasks:
+            assert encode_task(task, TableModel(), ByteProcessor(), settings)
+        assert not encode_task(tasks[0], TableModel(), ByteProcessor(), settings)
+        finish(tasks, settings, "table-0")
+        assert_is_the_corpus("s3://corpora/bulk", tmp_path / "cache")
+    finally:
+        thread.stop()
+
+
+@pytest.fixture
+def cluster():
+    """A Ray cluster of a head without work and two nodes."""
+    pytest.importorskip("ray", reason="ray is not installed")
+    pytest.importorskip("ray.data", reason="ray[data] is not installed")
+    import ray
+    from ray.cluster_utils import Cluster
+
+    small = {"object_store_memory": 100 << 20, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, **small})
+    nodes = [cluster.add_node(num_cpus=1, object_store_memory=100 << 20) for _ in range(2)]
+    ray.init(address=cluster.address, log_to_driver=False)
+    yield cluster, nodes
+    ray.shutdown()
+    cluster.shutdown()
+
+
+@pytest.mark.slow
+def test_a_ray_cluster_that_loses_a_node(cluster, corpus, tmp_path):
+    cluster, nodes = cluster
+    output = tmp_path / "out"
+    settings = settings_for(output)
+    tasks = load_plan(str(corpus), settings, 400)
+    assert len(tasks) > 20
+    killed = []
+
+    def kill() -> None:
+        parts = output / "catalogue"
+        while not parts.is_dir() or len(list(parts.glob("part-*.parquet"))) < 3:
+            time.sleep(0.05)
+        cluster.remove_node(nodes[0], allow_graceful=False)
+        killed.append(len(list(parts.glob("part-*.parquet"))))
+
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    fingerprint = run_on_ray(tasks, SUPPORT["load_slow"], settings, concurrency=2)
+    killer.join(60)
+    # the node went while there was work left
+    assert killed
+    assert killed[0] < len(tasks)
+    finish(tasks, settings, fingerprint)
+    assert_is_the_corpus(output, tmp_path / "cache")
+    encode_all(corpus, tmp_path / "alone", characters=400)
+    read = pyarrow.parquet.read_table
+    for path in (output / "catalogue").iterdir():
+        other = tmp_path / "alone" / "catalogue" / path.name
+        assert read(path, columns=["id", "checksum"]).equals(read(other, columns=["id", "checksum"]))
+
+
+@pytest.mark.slow
+def test_processes_of_accelerate_launch(corpus, tmp_path):
+    """The script itself, with the real tiny models of the repository's fallback, in two processes."""
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
+    command += ["--mixed_precision", "no", "--dynamo_backend", "no", str(ROOT / "scripts" / "encode_contexts.py")]
+    few = tmp_path / "few.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS[60:80]), few)
+    for output, prefix in (("two", command), ("one", [sys.executable, str(ROOT / "scripts" / "encode_contexts.py")])):
+        arguments = ["--input", str(few), "--output", str(tmp_path / output), "--characters-per-shard", "500"]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run([*prefix, *arguments], capture_output=True, text=True, cwd="/", env=environment)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert "20 documents" in done.stdout
+    read = pyarrow.parquet.read_table
+    parts = sorted((tmp_path / "one" / "catalogue").iterdir())
+    assert len(parts) > 2
+    for path in parts:
+        other = tmp_path / "two" / "catalogue" / path.name
+        assert read(path, columns=["id", "checksum"]).equals(read(other, columns=["id", "checksum"]))
