@@ -53,7 +53,8 @@ def main() -> int:
     parser.add_argument("--sources", nargs="+", choices=list(FILES), default=list(FILES))
     parser.add_argument("--scales", nargs="+", type=int, default=[1, 10, 100])
     options = parser.parse_args()
-    runs = []
+    # before the runs: the commit that they measure
+    origin, runs = provenance(), []
     for name in options.sources:
         for scale in options.scales:
             runs.append(measure(name, scale))
@@ -66,7 +67,7 @@ def main() -> int:
         "memory_ratio": {"scales": [last, first], "by_source": ratios},
         "load_average": os.getloadavg(),
         "runs": runs,
-        "provenance": provenance(),
+        "provenance": origin,
     }
     partial = Path(f"{options.output}.partial")
     partial.write_text(json.dumps(result, indent=2) + "\n")
