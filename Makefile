@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-slow lint style models kernels-inspect train-small train-smoke clean
+.PHONY: demo test test-slow lint style models fuzz kernels-inspect train-small train-smoke clean
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -30,6 +30,11 @@ lint: .venv/.installed
 style: .venv/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# ten minutes; ends with an error on a finding
+fuzz: .venv/.installed
+	$(BIN)/pip install -q -c constraints.txt -e ".[fuzz]"
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/fuzz_context_cache.py --seconds 600 --output results/fuzz_context_cache.json
 
 kernels-inspect: .venv/.installed
 	$(BIN)/python kernels/benchmarks/inspect_kernels.py --output results/kernels_inspect.json

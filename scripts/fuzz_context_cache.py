@@ -136,6 +136,7 @@ def main() -> None:
     (folder / "corpus").mkdir()
     seeds = write_seeds(folder / "corpus")
     command = [sys.executable, __file__, "--seconds", str(arguments.seconds), "--child", str(folder)]
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     started = time.time()
     done = subprocess.run(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     findings = sorted(file.name for file in folder.glob("finding-*"))
@@ -143,7 +144,7 @@ def main() -> None:
     covered = re.findall(r"cov: (\d+)", done.stderr)
     result = {
         "command": f"python scripts/fuzz_context_cache.py --seconds {arguments.seconds}",
-        "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip(),
+        "commit": commit,
         "machine": {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()},
         "date": time.strftime("%Y-%m-%d", time.gmtime(started)),
         "versions": {name: version(name) for name in ("atheris", "torch", "safetensors")},
