@@ -1,6 +1,9 @@
 """The lm-eval model on a tiny checkpoint: against HFLM and the model called row by row; caches; refusals."""
 
 import math
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -330,3 +333,30 @@ def test_documents_without_contexts_or_question(lm):
     strange = generation(lambda index: "nothing of the kind")
     with pytest.raises(ValueError, match="does not hold its `question`"):
         lm("prompt").generate_until(strange)
+
+
+REMOTE = """
+import sys
+from lm_eval.api.instance import Instance
+from lm_eval_tasks.model import XCLlamaLM
+lm = XCLlamaLM(sys.argv[1], "cross", device="cpu", dtype="float32", trust_remote_code=True)
+assert type(lm.model).__module__.startswith("transformers_modules"), type(lm.model).__module__
+document = {"question": "Where?", "contexts_list": [sys.argv[2]], "history": []}
+request = Instance("loglikelihood", document, (sys.argv[3], " Oslo."), 0, metadata=("task", 0, 1))
+print("score", lm.loglikelihood([request])[0][0])
+"""
+
+
+def test_a_whole_model_repo_by_remote_code(lm, tmp_path):
+    local = lm()
+    local.model.save_pretrained(tmp_path / "repo")
+    local.processor.save_pretrained(tmp_path / "repo")
+    done = subprocess.run(
+        [sys.executable, "-c", REMOTE, str(tmp_path / "repo"), CONTEXTS[0], plain(0)],
+        capture_output=True, text=True, cwd=tmp_path,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("score")]
+    expected = local.loglikelihood(requests("loglikelihood", lambda index: (plain(index), " Oslo.")))[0][0]
+    assert float(line.split()[1]) == pytest.approx(expected, abs=1e-4)
