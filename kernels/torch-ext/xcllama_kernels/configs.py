@@ -22,15 +22,17 @@ def forward_configs(target: Target, dtype: torch.dtype, head_dim: int, bits: int
     """Candidates of `forward_kernel`."""
     size = _size(head_dim)
     if dtype == torch.float32:
-        return [Config(16, 32, 4, 1) if size == 256 else Config(32, 32, 4, 1)]
+        return [{64: Config(32, 32, 4, 1), 128: Config(16, 32, 4, 1), 256: Config(16, 16, 4, 1)}[size]]
     if target.backend == "hip":
         return {
             64: [Config(128, 64, 4, 2), Config(64, 64, 4, 2)],
             128: [Config(128, 64, 4, 1), Config(64, 64, 4, 1)],
             256: [Config(64, 32, 4, 1)],
         }[size]
-    if _is_ampere(target) and bits:
-        return [Config(32, 32, 4, 1)] if size == 256 else [Config(64, 32, 4, 2)]
+    if size == 256 and (bits == 4 or (bits and _is_ampere(target))):
+        return [Config(32, 32, 4, 1)]
+    if bits and _is_ampere(target):
+        return [Config(64, 32, 4, 2)]
     if size == 64:
         return [Config(128, 64, 8, 3)] if bits else [Config(128, 64, 8, 3), Config(64, 32, 4, 3)]
     if size == 128:
@@ -50,7 +52,7 @@ def decode_configs(target: Target, dtype: torch.dtype, head_dim: int, bits: int,
     size = _size(head_dim)
     warps = 8 if block_m == 128 else 4
     if dtype == torch.float32:
-        return [Config(block_m, 16 if size == 256 else 32, 4, 1)]
+        return [Config(block_m, 32, 4, 1) if size == 64 else Config(block_m, 16, 4 if block_m == 16 else 8, 1)]
     if target.backend == "hip":
         return [Config(block_m, 64 if size < 256 and block_m < 128 else 32, 4, 2 if size < 256 else 1)]
     if size == 256 and bits:
@@ -64,28 +66,28 @@ def query_gradient_configs(target: Target, dtype: torch.dtype, head_dim: int) ->
     """Candidates of `query_gradient_kernel`."""
     size = _size(head_dim)
     if dtype == torch.float32:
-        return [Config(16, 16, 4, 1) if size == 256 else Config(32, 16, 4, 1)]
+        return [{64: Config(32, 16, 4, 1), 128: Config(16, 16, 4, 1), 256: Config(16, 16, 8, 1)}[size]]
     if target.backend == "hip":
         return {64: [Config(64, 64, 4, 1)], 128: [Config(64, 32, 4, 1)], 256: [Config(32, 32, 4, 1)]}[size]
     if size == 64:
         return [Config(64, 64, 4, 2), Config(128, 64, 8, 2)]
     if size == 128:
         return [Config(64, 32, 4, 2)] if _is_ampere(target) else [Config(64, 64, 4, 2), Config(64, 32, 4, 2)]
-    return [Config(64, 32, 8, 1)] if _is_ampere(target) else [Config(64, 32, 4, 1)]
+    return [Config(64, 32, 8, 1)] if _is_ampere(target) else [Config(32, 32, 4, 1)]
 
 
 def context_gradient_configs(target: Target, dtype: torch.dtype, head_dim: int) -> list[Config]:
     """Candidates of `context_gradient_kernel`; `block_n` tokens are held, `block_m` query rows stream past."""
     size = _size(head_dim)
     if dtype == torch.float32:
-        return [Config(16, 16, 4, 1) if size == 256 else Config(16, 32, 4, 1)]
+        return [{64: Config(16, 32, 4, 1), 128: Config(16, 16, 4, 1), 256: Config(16, 16, 8, 1)}[size]]
     if target.backend == "hip":
         return {64: [Config(64, 64, 4, 1)], 128: [Config(32, 64, 4, 1)], 256: [Config(32, 32, 4, 1)]}[size]
     if size == 64:
         return [Config(64, 64, 4, 2), Config(32, 64, 4, 2)]
     if size == 128:
         return [Config(32, 64, 4, 2), Config(64, 64, 8, 2)]
-    return [Config(32, 64, 8, 1)]
+    return [Config(32, 32, 8, 1)]
 
 
 def projection_configs(target: Target, dtype: torch.dtype, bits: int) -> list[Config]:
