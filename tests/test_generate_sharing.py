@@ -203,6 +203,27 @@ def test_hundred_thousand_tokens(condensed, quantized):
     assert out.shape == (1, 6)
 
 
+def test_a_text_of_hundred_thousand_tokens(model, tmp_path):
+    """Encoded in windows, saved, mapped, projected by the token, read."""
+    ids = random_ids(1, 100_000)
+    model.encode_context(ids).save(tmp_path / "long.safetensors")
+    cache = model.load_context(tmp_path / "long.safetensors")
+    assert cache.lengths == [100_000]
+    assert torch.equal(cache.row_token_ids(0), ids[0].int())
+    projected = model.project_context(cache)
+    report = projected.memory_report()
+    assert report.mapped_bytes == 100_000 * 32 * 4
+    assert report.key_value_bytes == 100_000 * 2 * 2 * 16 * 4
+    prompt = random_ids(1, 4, seed=2)
+    out = model.generate(prompt, context_cache=projected, max_new_tokens=3, do_sample=False)
+    expected = prompt
+    with torch.no_grad():
+        for _ in range(3):
+            logits = model(expected, context_cache=cache, use_cache=False).logits[:, -1]
+            expected = torch.cat([expected, logits.argmax(-1, keepdim=True)], dim=-1)
+    assert torch.equal(out, expected)
+
+
 def test_memory_report(model, condensed, tmp_path):
     """The paper's point: the states of a token grow when they become keys and values of every layer."""
     ids = random_ids(2, 50)
