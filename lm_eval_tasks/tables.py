@@ -73,7 +73,8 @@ def load_runs(folders: Iterable[Path]) -> list[Run]:
 def _runs_of(path: Path) -> list[Run]:
     document = json.loads(path.read_text())
     config = document["config"]
-    name = config["model_args"].get("peft") or config["model_args"].get("pretrained", config["model"])
+    arguments = config["model_args"]
+    name = arguments.get("peft") or arguments.get("pretrained", config["model"])
     versions = {key: value for key, value in document.items() if key.endswith("_version")}
     origin = {
         "command": config.get("command"),

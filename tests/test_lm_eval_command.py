@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from dataset_builders import FEATURES, SOURCES, read_source
 from dataset_builders.wheels import cache_folder
-from lm_eval_tasks import command
+from lm_eval_tasks import command, comparison
 from lm_eval_tasks.documents import load_documents
 from lm_eval_tasks.task import ContextTask
 from modeling_xcllama import XCLlamaProcessor
@@ -263,6 +263,44 @@ def test_two_processes_agree_with_one(checkpoint, tmp_path):
     assert results(tmp_path / "one")["results"]["xc_squad_v2"]["f1,none"] == pytest.approx(
         results(tmp_path / "two")["results"]["xc_squad_v2"]["f1,none"]
     )
+
+
+def test_comparison_commands(tmp_path):
+    arguments = comparison.method_command("cross_shuffled", tmp_path, "checkpoints/xc", None, None)
+    values = arguments[arguments.index("--model_args") + 1]
+    assert values == (
+        f"pretrained=checkpoints/xc,context_mode=cross_shuffled,context_cache_dir={tmp_path / 'contexts-auto'}"
+    )
+    assert (
+        "pretrained=lora,context_mode=prompt"
+        in comparison.method_command("lora_prompt", tmp_path, "x", "lora", None)[3]
+    )
+    assert comparison.method_command("fid", tmp_path, "x", None, "t5")[:4] == [
+        "--model",
+        "fid",
+        "--model_args",
+        "pretrained=t5",
+    ]
+    for method in ("lora_prompt", "fid", "telepathy"):
+        with pytest.raises(ValueError, match=f"method '{method}' is unknown or lacks its model"):
+            comparison.compare(tmp_path, "x", ["none", method], [])
+
+
+@pytest.mark.slow
+def test_comparison_in_one_command(checkpoint, tmp_path):
+    script = Path(__file__).parent.parent / "scripts" / "compare_methods.py"
+    call = [sys.executable, str(script), "--checkpoint", checkpoint, "--output", str(tmp_path / "runs"),
+            "--methods", "cross", "none", "--tasks", "xc_squad_v2", "--metadata", metadata(squad_v2="squad_v2.json"),
+            "--results", str(tmp_path / "eval.json"), "--device", "cpu"]  # fmt: skip
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    first, second = (subprocess.run(call, capture_output=True, text=True, env=environment) for _ in range(2))
+    assert first.returncode == 0, first.stderr[-2000:]
+    assert "xc / cross / float32" in first.stdout
+    figures = json.loads((tmp_path / "eval.json").read_text())
+    assert {run["mode"] for run in figures["runs"]} == {"cross", "none"}
+    assert [entry["second"] for entry in figures["differences"]] == ["xc / none"]
+    assert figures["provenance"]["command"].startswith("python")
+    assert second.stdout.count("done before") == 2
 
 
 @pytest.mark.slow
