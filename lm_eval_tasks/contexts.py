@@ -41,7 +41,7 @@ def other_contexts(requests: Sequence[Instance], seed: int) -> list[Texts]:
     """For each request the contexts of another document of its task, none of them its own: the wrong-context control.
 
     The documents of a task stand on a ring in an order that depends on `seed` only; each reads its nearest successor
-    with which it shares no text.
+    with which it shares no text. With several processes the documents are those of one process.
 
     Raises:
         ValueError: a document shares a text with every other one.

@@ -315,3 +315,30 @@ def test_smollm2_end_to_end(run, tmp_path):
     assert len(found) == 7
     assert "bert_score,none" in found["xc_coqa"]
     assert 0 <= found["xc_boolq"]["acc,none"] <= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["prompt", "prompt_kv"])
+def test_smollm2_equals_hflm_with_the_contexts_in_its_prompt(mode):
+    if not SMOLLM2.is_dir():
+        pytest.skip("SmolLM2 is not here; `make models` fetches it")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    from lm_eval_tasks.model import XCLlamaLM
+
+    text = "The Kiel Canal joins the North Sea and the Baltic. It was opened in 1895."
+    document = {"question": "When was it opened?", "contexts_list": [text]}
+    options = {"device": "cpu", "dtype": "float32", "batch_size": 2}
+    scores = []
+    for model, shown in (
+        (XCLlamaLM(str(SMOLLM2), mode, **options), "When was it opened?"),
+        (HFLM(pretrained=str(SMOLLM2), **options), f"{text}\n\nWhen was it opened?"),
+    ):
+        prompt = model.apply_chat_template([{"role": "user", "content": shown}])
+        answers = ["1895", "It was opened in 1895.", "never"]
+        found = model.loglikelihood(
+            [Instance("loglikelihood", document, (prompt, answer), 0, metadata=("task", 0, 1)) for answer in answers]
+        )
+        scores.append([value for value, _ in found])
+    assert scores[0] == pytest.approx(scores[1], abs=1e-4)
