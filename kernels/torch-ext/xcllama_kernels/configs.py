@@ -22,7 +22,7 @@ def forward_configs(target: Target, dtype: torch.dtype, head_dim: int, bits: int
     """Candidates of `forward_kernel`."""
     size = _size(head_dim)
     if dtype == torch.float32:
-        return [{64: Config(32, 32, 4, 1), 128: Config(16, 32, 4, 1), 256: Config(16, 16, 4, 1)}[size]]
+        return [{64: Config(32, 32, 4, 1), 128: Config(16, 32, 4, 1), 256: Config(16, 32, 8, 1)}[size]]
     if target.backend == "hip":
         return {
             64: [Config(128, 64, 4, 2), Config(64, 64, 4, 2)],
@@ -66,7 +66,7 @@ def query_gradient_configs(target: Target, dtype: torch.dtype, head_dim: int) ->
     """Candidates of `query_gradient_kernel`."""
     size = _size(head_dim)
     if dtype == torch.float32:
-        return [{64: Config(32, 16, 4, 1), 128: Config(16, 16, 4, 1), 256: Config(16, 16, 8, 1)}[size]]
+        return [Config(32, 16, 4, 1) if size == 64 else Config(16, 16, 8, 1)]
     if target.backend == "hip":
         return {64: [Config(64, 64, 4, 1)], 128: [Config(64, 32, 4, 1)], 256: [Config(32, 32, 4, 1)]}[size]
     if size == 64:
@@ -80,7 +80,7 @@ def context_gradient_configs(target: Target, dtype: torch.dtype, head_dim: int) 
     """Candidates of `context_gradient_kernel`; `block_n` tokens are held, `block_m` query rows stream past."""
     size = _size(head_dim)
     if dtype == torch.float32:
-        return [{64: Config(16, 32, 4, 1), 128: Config(16, 16, 4, 1), 256: Config(16, 16, 8, 1)}[size]]
+        return [Config(16, 32, 4, 1) if size == 64 else Config(16, 16, 8, 1)]
     if target.backend == "hip":
         return {64: [Config(64, 64, 4, 1)], 128: [Config(32, 64, 4, 1)], 256: [Config(32, 32, 4, 1)]}[size]
     if size == 64:
