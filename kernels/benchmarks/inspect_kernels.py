@@ -19,7 +19,7 @@ from pathlib import Path
 from ahead_of_time import TARGETS, inspect, source_of
 from provenance import provenance, write_json
 from traffic import CHIPS, Shape, decode_traffic, forward_traffic
-from variants import DTYPES, Variant, all_variants, attention_tensors, one_variant_a_kernel
+from variants import DTYPES, HEAD_DIMS, Variant, all_variants, attention_tensors, one_variant_a_kernel
 from xcllama_kernels.decode import plan_decode
 from xcllama_kernels.forward import plan_forward
 from xcllama_kernels.launch import INTERPRETED
@@ -81,11 +81,13 @@ def inspect_variant(variant: Variant, target: str) -> dict[str, object]:
     return record | {"problems": problems(record)}
 
 
-def inspect_part(part: tuple[str, str], one_a_kernel: bool, cache: Path | None) -> list[dict]:
+def inspect_part(part: tuple[str, str], one_a_kernel: bool, head_dims: list[int], cache: Path | None) -> list[dict]:
     """The records of one chip and data type; what breaks a rule is printed at once."""
     target, dtype = part
     records = []
     for variant in (one_variant_a_kernel if one_a_kernel else all_variants)(TARGETS[target], dtype):
+        if variant.head_dim is not None and variant.head_dim not in head_dims:
+            continue
         records.append(inspect_cached(variant, target, cache))
         if records[-1]["problems"]:
             print(*(records[-1][name] for name in ("target", "kernel", "dtype", "bits", "head_dim")), end=" ")
@@ -119,6 +121,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=list(TARGETS))
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES))
+    parser.add_argument("--head-dims", nargs="+", type=int, default=list(HEAD_DIMS), choices=HEAD_DIMS)
     parser.add_argument("--jobs", type=int, default=2, help="processes that compile")
     parser.add_argument("--cache", type=Path, help="records to reuse where the code is the same")
     parser.add_argument("--one-a-kernel", action="store_true", help="the default configuration in bf16 only")
@@ -129,7 +132,7 @@ def main() -> int:
     one = arguments.one_a_kernel
     parts = [(target, dtype) for dtype in (["bf16"] if one else arguments.dtypes) for target in arguments.targets]
     with ProcessPoolExecutor(arguments.jobs) as pool:
-        run_part = partial(inspect_part, one_a_kernel=one, cache=arguments.cache)
+        run_part = partial(inspect_part, one_a_kernel=one, head_dims=arguments.head_dims, cache=arguments.cache)
         records = [record for part in pool.map(run_part, parts) for record in part]
     broken = sum(bool(record["problems"]) for record in records)
     run = provenance(Path(__file__), "no GPU used")

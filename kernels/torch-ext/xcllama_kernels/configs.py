@@ -56,7 +56,7 @@ def decode_configs(target: Target, dtype: torch.dtype, head_dim: int, bits: int,
     if target.backend == "hip":
         return [Config(block_m, 64 if size < 256 and block_m < 128 else 32, 4, 2 if size < 256 else 1)]
     if size == 256 and bits:
-        return [Config(block_m, 16 if block_m >= 64 else 32, 8 if block_m >= 64 else 4, 1)]
+        return [Config(block_m, 16, 8 if block_m >= 64 else 4, 1)]
     if size == 256 or (bits and (size == 128 or _is_ampere(target)) and target.arch != 90):
         return [Config(block_m, 32, 8 if block_m >= 64 else 4, 2)]
     return [Config(block_m, 64, warps, 3), Config(block_m, 32, warps, 4)]
