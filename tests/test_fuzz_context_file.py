@@ -252,13 +252,13 @@ ContextCache.load(sys.argv[2])
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 refused = 0
 for name in [key for key in header if key != "__metadata__"]:
-    for size in (2**30, 2**33, 2**40, 2**61):
+    for size in (2**31, 2**40, 2**61):
         for shape in ([size], [size, 64], [0, size], [size, 0, size], [size, 2, 64]):
             for end in (size, header[name]["data_offsets"][1]):
                 changed = json.loads(json.dumps(header))
                 changed[name] |= {"shape": shape, "data_offsets": [header[name]["data_offsets"][0], end]}
                 text = json.dumps(changed).encode()
-                for claimed in (len(text), 2**32, 2**63):
+                for claimed in (len(text), 2**40):
                     with open(path, "wb") as file:
                         file.write(struct.pack("<Q", claimed) + text + body)
                     for verify in (True, False):
@@ -278,7 +278,7 @@ def test_huge_declared_sizes_take_no_memory(files, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-2000:]
     refused, grown = map(int, done.stdout.split())
-    assert refused == 5 * 4 * 5 * 2 * 3 * 2
+    assert refused == 5 * 3 * 5 * 2 * 2 * 2
     assert grown < 32 * 1024
 
 
