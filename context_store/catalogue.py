@@ -67,6 +67,7 @@ class Catalogue:
     def __init__(self, folder: Path, read_only: bool, meta: dict[str, str] | None = None):
         self.path = folder / CATALOGUE_NAME
         self.read_only = read_only
+        self.word_counts: dict[str, int] = {}
         if read_only and not self.path.is_file():
             raise FileNotFoundError(f"no context store at {self.path}.")
         try:

@@ -59,6 +59,7 @@ class ShardReader:
         self._metrics = metrics
         self._shards: OrderedDict[int, MappedShard] = OrderedDict()
         self._lock = threading.Lock()
+        self.token_bytes = 0
 
     def shard(self, number: int) -> MappedShard:
         """An open shard; opened anew if its file was cut, replaced or evicted meanwhile.
@@ -80,6 +81,8 @@ class ShardReader:
         if entry is None:
             raise DamagedShardError(f"shard {number} is gone.")
         shard = self._open_shard(*entry)
+        # all documents of a namespace have one dtype and width
+        self.token_bytes = sum(part.token_bytes for name, part in shard.parts.items() if name != "token_ids")
         with self._lock:
             self._shards[number] = shard
             if len(self._shards) > OPEN_SHARDS:
@@ -99,10 +102,8 @@ class ShardReader:
         """
         self._catalogue.refresh()
         locations = [self._catalogue.locate(document_id) for document_id in ids]
-        missing = [name for name, place in zip(ids, locations, strict=True) if place is None]
-        if not missing:
-            now = time.time()
-            missing = [name for name, place in zip(ids, locations, strict=True) if place.expires <= now]
+        now = time.time()
+        missing = [n for n, place in zip(ids, locations, strict=True) if place is None or place.expires <= now]
         if missing:
             self._metrics.add(misses=len(missing))
             raise MissingDocumentError(missing, where)
@@ -117,7 +118,9 @@ class ShardReader:
         """
         for attempt in range(ATTEMPTS):
             locations = self.locate(ids, where)
-            unique = sorted(set(locations), key=lambda place: (place.shard, place.start))
+            unique = locations
+            if len(locations) > 1:
+                unique = sorted(set(locations), key=lambda place: (place.shard, place.start))
             damaged, shards = self._check(unique)
             if not damaged:
                 break
@@ -211,7 +214,8 @@ class ReadableStore(ABC):
             raise ValueError("`ids` must name at least one document, got an empty list.")
         begin = perf_counter()
         cache, locations = self._reader.read(ids, self.catalogue.meta["fingerprint"], self._where)
-        self.metrics.got(len(ids), cache.nbytes, perf_counter() - begin)
+        nbytes = cache.offsets[-1] * self._reader.token_bytes
+        self.metrics.got(len(ids), nbytes, perf_counter() - begin)
         return cache, locations
 
     def search(self, query: str, k: int = 4, where: dict | None = None) -> list[Hit]:

@@ -13,6 +13,8 @@ STOP_WORDS = frozenset(
     "is it its me my no not of on or our she should so some than that the their them then there these they this to "
     "was we were what when where which who whom whose why will with would you your".split()
 )
+# documents that the words of one query may have, together, before common ones are left out
+POSTINGS = 10_000
 
 
 @dataclass(frozen=True)
@@ -26,16 +28,38 @@ class Hit:
     tokens: int
 
 
-def match_expression(query: str) -> str | None:
-    """An FTS5 expression: any of the words of `query`, rare ones only where there are any."""
+def match_expression(catalogue: Catalogue, query: str) -> str | None:
+    """An FTS5 expression: any of the words of `query`, the rarest first, while few enough documents have them."""
     words = list(dict.fromkeys(re.findall(r"\w+", query.lower())))
     words = [word for word in words if word not in STOP_WORDS] or words
-    return " OR ".join(f'"{word}"' for word in words) or None
+    counts = {word: count_documents(catalogue, word) for word in words}
+    chosen, total = [], 0
+    for word in sorted(words, key=counts.__getitem__):
+        total += counts[word]
+        # words that nearly all documents have cost most and say least
+        if total > POSTINGS and chosen and counts[chosen[-1]]:
+            break
+        chosen.append(word)
+    return " OR ".join(f'"{word}"' for word in chosen) or None
+
+
+def count_documents(catalogue: Catalogue, word: str) -> int:
+    """Documents that have `word`, counted up to `POSTINGS` + 1 and remembered while the corpus keeps its size."""
+    counts = catalogue.word_counts
+    size = len(catalogue.locations)
+    if abs(size - counts.get("", 0)) * 10 > size or len(counts) > 20_000:
+        counts.clear()
+        counts[""] = size
+    if word not in counts:
+        query = "SELECT COUNT(*) FROM (SELECT 1 FROM words WHERE words MATCH ? LIMIT ?)"
+        counts[word] = catalogue.rows(query, (f'"{word}"', POSTINGS + 1))[0][0]
+    return counts[word]
 
 
 def search(catalogue: Catalogue, query: str, k: int, where: dict | None) -> list[Hit]:
     """The `k` documents that match `query` best and have the metadata `where`."""
-    expression = match_expression(query)
+    catalogue.refresh()
+    expression = match_expression(catalogue, query)
     if expression is None:
         return []
     filters, values = "", []

@@ -358,3 +358,14 @@ def test_locations_are_a_dict(changes, merge_every):
             expected.pop(name, None)
     assert len(locations) == len(expected)
     assert all(locations.get(f"id{number}") == expected.get(f"id{number}") for number in range(62))
+
+
+def test_words_that_most_documents_have_are_left_out_of_large_searches(store, monkeypatch):
+    texts = [f"common word{number} {'rare' if number == 7 else ''}" for number in range(30)]
+    store.add([f"d{number}" for number in range(30)], texts)
+    assert len(store.search("common rare", k=50)) == 30
+    monkeypatch.setattr("context_store.searching.POSTINGS", 10)
+    assert [hit.id for hit in store.search("common rare", k=50)] == ["d7"]
+    # where there is nothing rarer they count
+    assert len(store.search("common", k=50)) == 30
+    assert len(store.search("common unheard", k=50)) == 30

@@ -1,0 +1,280 @@
+"""Measure the context store on this machine, each figure beside a raw control in the same run.
+
+python scripts/benchmark_store.py [--json results/store_benchmark.json] [--quick]
+
+Ratios are the throughput of the store over that of the control: reading through `numpy.memmap`, `os.preadv` after the
+page cache was dropped (`posix_fadvise`), writing the same bytes with one fsync.
+"""
+
+import argparse
+import os
+import random
+import resource
+import sys
+import tempfile
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+
+import numpy
+import torch
+from load_model import load_model
+from provenance import write_result
+
+from context_store import ContextStore
+from context_store.locations import Location, Locations
+from modeling_xcllama.context_cache import ContextCache
+
+WIDTH, SEED = 576, 0
+WORDS = [f"word{number}" for number in range(20_000)]
+
+
+def random_corpus(count: int, generator: random.Random) -> tuple[list[str], ContextCache]:
+    """`count` documents of 100 to 800 tokens with random 16-bit states."""
+    lengths = [generator.randrange(100, 801) for _ in range(count)]
+    offsets = tuple(numpy.cumsum([0, *lengths]).tolist())
+    states = torch.randn(offsets[-1], WIDTH).to(torch.bfloat16)
+    return lengths, ContextCache({"hidden": states}, offsets, torch.zeros(offsets[-1], dtype=torch.int32), "bench")
+
+
+def drop_cache(paths: list[Path]) -> None:
+    """Put files out of the page cache."""
+    for path in paths:
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def touch(cache: ContextCache, target: numpy.ndarray) -> None:
+    """Copy what a cache holds, as an upload to a device does."""
+    raw = cache.states["hidden"].reshape(-1).view(torch.uint8).numpy()
+    numpy.copyto(target[: len(raw)], raw)
+
+
+def seconds_of(function, repeats: int) -> float:
+    """Median time of a call."""
+    found = []
+    for _ in range(repeats):
+        begin = perf_counter()
+        function()
+        found.append(perf_counter() - begin)
+    return median(found)
+
+
+class Bench:
+    """A store, and the same states in one raw file."""
+
+    def __init__(self, folder: Path, documents: int):
+        self.generator = random.Random(SEED)
+        self.folder = folder
+        self.lengths, cache = random_corpus(documents, self.generator)
+        self.ids = [f"d{number}" for number in range(documents)]
+        self.raw = folder / "raw.bin"
+        self.write = self.measure_writes(cache)
+        self.store = ContextStore(folder / "store", read_only=True)
+        self.offsets = [offset * WIDTH * 2 for offset in cache.offsets]
+        self.target = numpy.empty(64 * 800 * WIDTH * 2, numpy.uint8)
+
+    def measure_writes(self, cache: ContextCache) -> dict:
+        """Adding all states against writing their bytes with one fsync, in turns."""
+        raw = cache.states["hidden"].view(torch.uint8).numpy().reshape(-1)
+        ours, control = [], []
+        for turn in range(3):
+            begin = perf_counter()
+            with open(self.raw, "wb") as file:
+                file.write(raw.data)
+                file.flush()
+                os.fsync(file.fileno())
+            control.append(perf_counter() - begin)
+            name = "store" if turn == 0 else f"store{turn}"
+            with ContextStore(self.folder / name, fingerprint="bench", dtype="bfloat16") as store:
+                begin = perf_counter()
+                store.add_cache(self.ids, self.ids, cache)
+                ours.append(perf_counter() - begin)
+        return {
+            "bytes": raw.nbytes,
+            "store_megabytes_per_second": raw.nbytes / median(ours) / 1e6,
+            "raw_megabytes_per_second": raw.nbytes / median(control) / 1e6,
+            "ratio": median(control) / median(ours),
+        }
+
+    def requests(self, size: int, count: int) -> list[list[int]]:
+        """Random sets of neighbours' numbers: what a search may give has no order."""
+        return [self.generator.sample(range(len(self.ids)), size) for _ in range(count)]
+
+    def read_raw(self, memory: numpy.ndarray, request: list[int]) -> None:
+        """The control: a copy out of a memory map, into new memory where several documents are joined."""
+        parts = [memory[self.offsets[number] : self.offsets[number + 1]] for number in request]
+        if len(parts) == 1:
+            numpy.copyto(self.target[: len(parts[0])], parts[0])
+        else:
+            numpy.concatenate(parts)
+
+    def read_store(self, request: list[int]) -> None:
+        """One `get`, and the copy where the states are a view."""
+        cache = self.store.get([self.ids[number] for number in request])
+        if len(request) == 1:
+            touch(cache, self.target)
+
+    def warm(self, size: int, count: int) -> dict:
+        """Requests of `size` documents from the page cache, in turns with the control on other documents."""
+        memory = numpy.memmap(self.raw, numpy.uint8, "r")
+        everything = list(range(len(self.ids)))
+        self.read_raw(memory, everything)
+        self.read_store(everything)
+        ours, control = [], []
+        for request, other in zip(self.requests(size, count), self.requests(size, count), strict=True):
+            control.append(seconds_of(lambda other=other: self.read_raw(memory, other), 1))
+            ours.append(seconds_of(lambda request=request: self.read_store(request), 1))
+        return {
+            "store_microseconds": 1e6 * median(ours),
+            "raw_microseconds": 1e6 * median(control),
+            "ratio": median(control) / median(ours),
+        }
+
+    def cold(self, size: int, count: int) -> dict:
+        """First reads from the disk, checksums included, against `preadv` of the same documents."""
+        shards = list((self.store.folder / "shards").iterdir())
+        ours = control = 0.0
+        descriptor = os.open(self.raw, os.O_RDONLY)
+        for request in self.requests(size, count):
+            drop_cache([self.raw, *shards])
+            begin = perf_counter()
+            position = 0
+            for number in request:
+                length = self.offsets[number + 1] - self.offsets[number]
+                os.preadv(descriptor, [self.target[position : position + length].data], self.offsets[number])
+                position += length
+            control += perf_counter() - begin
+            for shard in range(1, len(shards) + 1):
+                self.store._reader.forget(shard)
+            drop_cache([self.raw, *shards])
+            begin = perf_counter()
+            self.read_store(request)
+            ours += perf_counter() - begin
+        os.close(descriptor)
+        return {"store_seconds": ours, "raw_seconds": control, "ratio": control / ours}
+
+
+def measure_lookup(count: int) -> dict:
+    """Finding an id among many, in memory."""
+    locations = Locations()
+    for number in range(count):
+        locations.set(f"document {number}", Location(number, number // 100, number, 300, float("inf")))
+    names = [f"document {random.randrange(count)}" for _ in range(2000)]
+    times = [seconds_of(lambda name=name: locations.get(name), 1) for name in names]
+    return {
+        "documents": count,
+        "median_microseconds": 1e6 * median(times),
+        "p99_microseconds": 1e6 * sorted(times)[int(0.99 * len(times))],
+        "bytes_per_document": locations.nbytes / count,
+    }
+
+
+def measure_search(folder: Path, count: int) -> dict:
+    """Searching among many documents of 60 words with Zipf's frequencies."""
+    generator = random.Random(SEED)
+    weights = [1 / (rank + 1) for rank in range(len(WORDS))]
+    with ContextStore(folder, fingerprint="bench", dtype="bfloat16") as store:
+        for start in range(0, count, 10_000):
+            number = min(10_000, count - start)
+            texts = [" ".join(generator.choices(WORDS, weights, k=60)) for _ in range(number)]
+            cache = ContextCache(
+                {"hidden": torch.zeros(number, 8, dtype=torch.bfloat16)},
+                tuple(range(number + 1)),
+                torch.zeros(number, dtype=torch.int32),
+                "bench",
+            )
+            store.add_cache([f"d{start + index}" for index in range(number)], texts, cache)
+        store.compact()
+        queries = ["what is the " + " ".join(generator.choices(WORDS, weights, k=4)) for _ in range(200)]
+        times = sorted(seconds_of(lambda query=query: store.search(query, k=4), 1) for query in queries)
+    return {"documents": count, "median_milliseconds": 1e3 * median(times), "p95_milliseconds": 1e3 * times[189]}
+
+
+def resident() -> int:
+    """Bytes of memory of this process that belong to it alone."""
+    fields = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
+    return 1024 * (int(fields["RssAnon"].split()[0]))
+
+
+def measure_memory(folder: Path, small: int) -> dict:
+    """Memory of adding and reading while the corpus grows a hundredfold."""
+    figures = {}
+    with ContextStore(folder, fingerprint="bench", dtype="bfloat16") as store:
+        done = 0
+        for count in (small, 10 * small, 100 * small):
+            while done < count:
+                number = min(100, count - done)
+                cache = ContextCache(
+                    {"hidden": torch.randn(number * 64, 64).to(torch.bfloat16)},
+                    tuple(range(0, number * 64 + 1, 64)),
+                    torch.zeros(number * 64, dtype=torch.int32),
+                    "bench",
+                )
+                ids = [f"d{done + index}" for index in range(number)]
+                store.add_cache(ids, ids, cache)
+                done += number
+                store.get(ids[:8])
+            figures[str(count)] = resident()
+    return {"bytes_of_memory_by_documents": figures, "growth": figures[str(100 * small)] / figures[str(small)]}
+
+
+def measure_first_token(folder: Path, name: str | None) -> dict:
+    """Time to the first token from a document of the store and from a bare cache file, in turns."""
+    model, processor = load_model(name)
+    text = "The lighthouse on the northern cape was built by Anna Berg in 1871 and rebuilt after the storm. " * 12
+    inputs = processor(text=["Who built the lighthouse?"], return_tensors="pt")
+    with ContextStore(folder / "store", model, processor) as store, torch.no_grad():
+        store.add("lighthouse", text)
+        path = folder / "bare.safetensors"
+        store.get("lighthouse").save(path)
+
+        def first(cache: ContextCache) -> None:
+            model(**inputs, context_cache=cache, logits_to_keep=1).logits.argmax().item()
+
+        ours, control = [], []
+        for _ in range(12):
+            control.append(seconds_of(lambda: first(model.load_context(path)), 1))
+            ours.append(seconds_of(lambda: first(store.get("lighthouse")), 1))
+    return {
+        "store_seconds": median(ours[2:]),
+        "bare_file_seconds": median(control[2:]),
+        "store_over_bare_file": median(ours[2:]) / median(control[2:]),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--quick", action="store_true", help="a tenth of the sizes, to try the script")
+    parser.add_argument("--model", help="for the first token; default: the repository's checkpoint")
+    parser.add_argument("--folder", type=Path, help="on the disk to measure; default: a temporary folder")
+    arguments = parser.parse_args()
+    torch.manual_seed(SEED)
+    torch.set_num_threads(1)
+    scale = 10 if arguments.quick else 1
+    figures: dict = {"load_average": os.getloadavg()[0]}
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as scratch:
+        folder = Path(scratch)
+        bench = Bench(folder, 2000 // scale)
+        measurements = {
+            "write": lambda: bench.write,
+            "warm": lambda: {str(size): bench.warm(size, 1600 // size // scale + 10) for size in (1, 8, 64)},
+            "cold": lambda: {str(size): bench.cold(size, 30 // scale) for size in (1, 8, 64)},
+            "lookup": lambda: measure_lookup(1_000_000 // scale),
+            "first_token": lambda: measure_first_token(folder / "first", arguments.model),
+            "memory": lambda: measure_memory(folder / "memory", 1000 // scale),
+            "search": lambda: measure_search(folder / "search", 200_000 // scale),
+        }
+        for name, measure in measurements.items():
+            figures[name] = measure()
+            print(name, figures[name], flush=True)
+            figures["peak_memory_bytes"] = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            if arguments.json:
+                write_result(arguments.json, figures, seed=SEED)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
