@@ -14,17 +14,11 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from load_model import load_model
 from provenance import write_result
-from transformers import AutoTokenizer
 from transformers.generation.streamers import BaseStreamer
 
-from modeling_xcllama import XCLlamaForCausalLM, XCLlamaProcessor
-from modeling_xcllama.checkpoints import find_model, is_added_weights, load_checkpoint
-
 ROOT = Path(__file__).resolve().parent.parent
-BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
-# what the untrained model is built with; a checkpoint brings its own
-UNTRAINED = {"context_layer": 15, "cross_attention_layers": list(range(14, 30, 2))}
 
 
 class FirstToken(BaseStreamer):
@@ -40,15 +34,6 @@ class FirstToken(BaseStreamer):
 
     def end(self) -> None:
         """Nothing to close."""
-
-
-def load_model(checkpoint: Path) -> tuple[XCLlamaForCausalLM, XCLlamaProcessor]:
-    """The trained model, or an untrained one where there is no checkpoint."""
-    if is_added_weights(checkpoint):
-        return load_checkpoint(checkpoint)
-    base = find_model(BASE)
-    model = XCLlamaForCausalLM.from_decoder(base, **UNTRAINED).eval()
-    return model, XCLlamaProcessor(AutoTokenizer.from_pretrained(base))
 
 
 def read_passages(folder: Path) -> list[dict]:
@@ -152,7 +137,7 @@ def print_table(rows: list[dict]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
-    parser.add_argument("--checkpoint", type=Path, default=ROOT / "checkpoints" / "xc-smollm2-135m")
+    parser.add_argument("--checkpoint", help="folder of added weights, model folder or Hub id; 'untrained'")
     parser.add_argument("--passages", type=Path, default=ROOT / "scripts" / "passages")
     parser.add_argument("--caches", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -161,20 +146,17 @@ def main() -> int:
         # the second process: read the cache files, report on stdout
         print(json.dumps(answer(arguments)))
         return 0
-    trained = is_added_weights(arguments.checkpoint)
-    if not trained:
-        print(f"No trained weights in {arguments.checkpoint}: the answers come from untrained cross-attention.")
     with tempfile.TemporaryDirectory() as folder:
         arguments.caches = Path(folder)
         rows = encode(arguments)
         print("Encoded and saved; a new process now answers from the cache files.")
-        paths = ["--caches", folder, "--checkpoint", str(arguments.checkpoint), "--passages", str(arguments.passages)]
-        command = [sys.executable, __file__, *paths]
+        command = [sys.executable, __file__, "--caches", folder, "--passages", str(arguments.passages)]
+        command += [] if arguments.checkpoint is None else ["--checkpoint", arguments.checkpoint]
         output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
         rows = [row | read for row, read in zip(rows, json.loads(output.splitlines()[-1]), strict=True)]
     print_table(rows)
     if arguments.json:
-        write_result(arguments.json, {"trained": trained, "passages": rows}, seed=0)
+        write_result(arguments.json, {"passages": rows}, seed=0)
     return 0
 
 
