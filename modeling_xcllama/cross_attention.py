@@ -135,7 +135,7 @@ def triton_cross_attention(query: Tensor, key, value, rows: ContextRows, scale: 
     offsets, context_index = rows.tensors(query.device)
     scales = {}
     if not isinstance(key, Tensor):
-        if not hasattr(key, "scale"):
+        if not read_by_kernels(key):
             raise ValueError("the kernels read no quantized keys with RoPE; use cross_attn_implementation='sdpa'.")
         scales = {"key_scale": key.scale, "key_zero": key.zero, "value_scale": value.scale, "value_zero": value.zero}
         key, value = key.data, value.data
@@ -181,15 +181,22 @@ def kernels_installed() -> bool:
         return False
 
 
-def resolve_implementation(name: str, device: torch.device) -> str:
-    """The backend that `name` means on `device`: "auto" takes triton on a GPU where it is installed, else sdpa.
+def read_by_kernels(key) -> bool:
+    """Whether the kernels read `key`: tensors and quantized tensors, not quantized keys that are rotated when read."""
+    return isinstance(key, Tensor) or hasattr(key, "scale")
+
+
+def resolve_implementation(name: str, device: torch.device, key=None) -> str:
+    """The backend that `name` means on `device`: "auto" takes triton on a GPU where it is installed and reads `key`,
+    else sdpa.
 
     Raises:
         ValueError: `name` is no backend.
         ImportError: "triton" was asked for and is not installed.
     """
     if name == "auto":
-        return "triton" if device.type == "cuda" and kernels_installed() else "sdpa"
+        readable = key is None or read_by_kernels(key)
+        return "triton" if device.type == "cuda" and readable and kernels_installed() else "sdpa"
     if name not in CROSS_ATTENTION_FUNCTIONS:
         allowed = ", ".join(map(repr, ("auto", *CROSS_ATTENTION_FUNCTIONS)))
         raise ValueError(f"`cross_attn_implementation` must be one of {allowed}, got {name!r}.")

@@ -104,7 +104,8 @@ class XCLlamaModel(XCLlamaPreTrainedModel, LlamaModel):
             kwargs["sliding_window"] = sliding
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
         if context is not None:
-            implementation = resolve_implementation(self.config.cross_attn_implementation, hidden_states.device)
+            chosen = self.config.cross_attn_implementation
+            implementation = resolve_implementation(chosen, hidden_states.device, context.keys[0])
             rotary = self.cross_rotary_emb
             cross_positions = None if rotary is None else rotary(hidden_states, position_ids=position_ids)
         for index, layer in enumerate(self.layers[:num_layers]):

@@ -209,6 +209,21 @@ def test_sixteen_bit_models_and_caches(model, tmp_path):
     assert (got - expected).norm() / expected.norm() < 0.05
 
 
+def test_auto_leaves_rotated_quantized_keys_to_sdpa(monkeypatch):
+    """The kernels cannot rotate what they dequantize: "auto" knows, an explicit choice is refused."""
+    model = build_model(**LAYOUTS["condensed_rope"])
+    cache = model.encode_context(random_ids(1, 9))
+    rotated = model.project_context(cache.quantize("int8"))
+    plain = model.project_context(cache)
+    monkeypatch.setattr(cross_attention, "kernels_installed", lambda: True)
+    device = torch.device("cuda")
+    assert cross_attention.resolve_implementation("auto", device, rotated.keys[0]) == "sdpa"
+    assert cross_attention.resolve_implementation("auto", device, plain.keys[0]) == "triton"
+    query = torch.zeros(1, 1, 4, 8)
+    with pytest.raises(ValueError, match="no quantized keys with RoPE"):
+        cross_attention.triton_cross_attention(query, rotated.keys[0], rotated.values[0], rotated.rows, 1.0)
+
+
 def test_clear_errors(model):
     cache = model.encode_context(random_ids(2, 9))
     small = cache.quantize("int8")
