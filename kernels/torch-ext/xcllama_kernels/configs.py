@@ -93,7 +93,7 @@ def context_gradient_configs(target: Target, dtype: torch.dtype, head_dim: int) 
 def projection_configs(target: Target, dtype: torch.dtype, bits: int) -> list[Config]:
     """Candidates of `project_kernel`."""
     if dtype == torch.float32:
-        return [Config(32, 32, 4, 1)]
+        return [Config(32, 32, 8, 1)]
     if target.backend == "hip":
         return [Config(128, 64, 4, 2), Config(64, 64, 4, 2)]
     return [Config(128, 128, 8, 3), Config(128, 64, 4, 3)]
