@@ -158,7 +158,13 @@ def test_tokens_outside_every_context_and_no_tokens():
     torch.testing.assert_close(output, cross_attention(*middle.arguments))
     empty = random_case([0, 0], [1, 0], 1)
     assert (cross_attention(*empty.arguments) == 0).all()
-    assert cross_attention(*random_case([3], [], 1).arguments).shape == (0, 1, 4, 32)
+    for rows, query_len in (([], 1), ([0], 0)):
+        nothing = random_case([3], rows, query_len)
+        nothing.key.requires_grad_()
+        output = cross_attention(*nothing.arguments)
+        assert output.shape == (len(rows), query_len, 4, 32)
+        output.sum().backward()
+        assert (nothing.key.grad == 0).all()
 
 
 def test_scale():

@@ -45,6 +45,8 @@ def cross_attention_op(
     batch, query_len, num_heads, _ = query.shape
     output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     lse = torch.empty(batch, num_heads, query_len, dtype=torch.float32, device=query.device)
+    if output.numel() == 0:
+        return output, lse
     # short queries split the context, long ones are split themselves
     packed_rows = query_len * (num_heads // key.shape[1])
     plan = plan_decode if packed_rows <= decode_rows(query.dtype, query.shape[3]) // 2 else plan_forward
@@ -91,6 +93,8 @@ def cross_attention_backward_op(
     shape = key.shape if context_gradients else (0,)
     grad_key = torch.zeros(shape, dtype=key.dtype, device=key.device)
     grad_value = torch.zeros(shape, dtype=value.dtype, device=value.device)
+    if output.numel() == 0:
+        return grad_query, grad_key, grad_value
     launches = plan_backward(
         inner_contiguous(grad_output),
         None if grad_lse is None else grad_lse.contiguous(),
