@@ -41,6 +41,8 @@ kernels-inspect: .venv/.installed
 
 # hours on one core; an interrupted run goes on where it stopped
 train-small: models
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/train.py --recipe training/recipes/xc-smollm2-135m-stage1.yaml \
+		$(if $(wildcard runs/xc-smollm2-135m-stage1/recipe.json),--resume)
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/train.py --recipe training/recipes/xc-smollm2-135m.yaml \
 		--export checkpoints/xc-smollm2-135m --results results $(if $(wildcard runs/xc-smollm2-135m/recipe.json),--resume)
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from training.examples import BUCKET_STEPS, ExamplePlan
-from training.label_free import LABEL_FREE, cloze, completion, infilling
+from training.label_free import LABEL_FREE, cloze, completion, infilling, phrases, sentences
 from training.passages import Passage, Question
 from training.recipe import recipe_from_dict
 
@@ -52,6 +52,14 @@ def test_a_filled_blank_is_the_passage_again():
     for seed in range(60):
         text, answer = cloze(PASSAGE, random.Random(seed))
         assert text.removeprefix("Fill in the blank: ").replace("____", answer) in PASSAGE
+
+
+def test_phrases_are_whole():
+    found = [sentence[start:end] for sentence in sentences(PASSAGE) for start, end in phrases(sentence)]
+    assert {"party", "Analytical Engine", "Taylor's Scientific Memoirs", "first computer program"} <= set(
+        found
+    )
+    assert not [phrase for phrase in found if phrase.split()[0].lower() in ("the", "in", "of", "was", "her")]
 
 
 def test_a_completion_goes_on_where_its_start_ends():

@@ -44,7 +44,14 @@ def base_folder(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
     tokenizer = tiny_tokenizer()
-    config = LlamaConfig(vocab_size=len(tokenizer), num_key_value_heads=2, eos_token_id=256, pad_token_id=256, **sizes)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        num_key_value_heads=2,
+        eos_token_id=256,
+        pad_token_id=256,
+        tie_word_embeddings=True,
+        **sizes,
+    )
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

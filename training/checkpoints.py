@@ -73,7 +73,7 @@ def save_checkpoint(
     folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, keep: int, is_main: bool
 ) -> None:
     """Write the checkpoint after `step` updates and remove all but the newest `keep`; every process must call it."""
-    weights = get_model_state_dict(model, options=_SAVE)
+    weights = _trained(model, get_model_state_dict(model, options=_SAVE))
     states = get_optimizer_state_dict(model, optimizer, options=_SAVE).get("state", {})
     if not is_main:
         return
@@ -105,11 +105,12 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
         return 0
     path = found[-1]
     try:
-        weights = load_file(path / "weights.safetensors")
+        weights = _trained(model, load_file(path / "weights.safetensors"))
         step = json.loads((path / "state.json").read_text())["step"]
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise ValueError(f"{path} cannot be read ({error}); remove it to resume from the one before.") from None
-    wanted = {name: tensor.shape for name, tensor in get_model_state_dict(model, options=_COMPARE).items()}
+    wanted = _trained(model, get_model_state_dict(model, options=_COMPARE))
+    wanted = {name: tensor.shape for name, tensor in wanted.items()}
     if wanted != {name: tensor.shape for name, tensor in weights.items()}:
         different = sorted(set(wanted) ^ set(weights)) or [
             name for name in wanted if wanted[name] != weights[name].shape
@@ -125,6 +126,17 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
         groups = get_optimizer_state_dict(model, optimizer, options=_COMPARE)["param_groups"]
         set_optimizer_state_dict(model, optimizer, {"state": states, "param_groups": groups}, options=_LOAD)
     return step
+
+
+def _trained(model: nn.Module, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Without the frozen weights that have a second name (a tied head), which the options above let through."""
+    frozen = {id(weight) for weight in model.parameters() if not weight.requires_grad}
+    names = {
+        name.removeprefix("module.")
+        for name, weight in model.named_parameters(remove_duplicate=False)
+        if id(weight) in frozen
+    }
+    return {name: tensor for name, tensor in weights.items() if name not in names}
 
 
 def _contiguous(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -25,6 +25,19 @@ _WORDS_OF_KIND = {
 }
 
 
+# words that end a phrase, as in RAKE (Rose et al., 2010): function words and the commonest verbs
+_BETWEEN = set(
+    "a an the this that these those its his her their our my your it he she they we you i him them us who whom "
+    "whose which what and or but nor so yet if then than as at by for from in into of off on onto out over to "
+    "up with without within about after again against all also although am among any are around be became "
+    "because become been before being below between both came can could did do does done down during each "
+    "either even ever every few had has have having here how however is just like made make many may might "
+    "more most much must near neither no not now often one only other own same shall should since some still "
+    "such there therefore though through thus too under until upon very was were when where whether while will "
+    "would said says called known used using including several".split()
+)
+
+
 def sentences(passage: str) -> list[str]:
     """The sentences of 6 to 40 words."""
     parts = re.split(r'(?<=[.!?])\s+(?=[A-Z"“(])', passage)
@@ -32,8 +45,26 @@ def sentences(passage: str) -> list[str]:
 
 
 def cloze(passage: str, generator: random.Random) -> Pair | None:
-    """A sentence, or a part of one, with a name, number or phrase blanked out."""
-    cut = _cut(passage, generator)
+    """A sentence, or a part of one, with a name, a number or one or two words blanked out."""
+    return _blank(_cut(passage, generator), generator)
+
+
+def phrase_cloze(passage: str, generator: random.Random) -> Pair | None:
+    """As `cloze`, with a whole phrase blanked out."""
+    return _blank(_cut(passage, generator, phrases), generator)
+
+
+def question(passage: str, generator: random.Random) -> Pair | None:
+    """A question in broken English: a question word, then the words around a span, some of them dropped or moved."""
+    return _ask(_cut(passage, generator), generator)
+
+
+def phrase_question(passage: str, generator: random.Random) -> Pair | None:
+    """As `question`, for a whole phrase."""
+    return _ask(_cut(passage, generator, phrases), generator)
+
+
+def _blank(cut: tuple[str, str, str] | None, generator: random.Random) -> Pair | None:
     if cut is None:
         return None
     left, answer, right = cut
@@ -43,9 +74,7 @@ def cloze(passage: str, generator: random.Random) -> Pair | None:
     return f"Fill in the blank: {(left + '____' + right).strip()}", answer
 
 
-def question(passage: str, generator: random.Random) -> Pair | None:
-    """A question in broken English: a question word, then the words around a span, some of them dropped or moved."""
-    cut = _cut(passage, generator)
+def _ask(cut: tuple[str, str, str] | None, generator: random.Random) -> Pair | None:
     if cut is None:
         return None
     left, answer, right = cut[0].strip(), cut[1], cut[2].strip().rstrip(".!?")
@@ -95,24 +124,52 @@ def repetition(passage: str, generator: random.Random) -> Pair | None:
 LABEL_FREE: dict[str, Callable[[str, random.Random], Pair | None]] = {
     "question": question,
     "cloze": cloze,
+    "phrase_question": phrase_question,
+    "phrase_cloze": phrase_cloze,
     "completion": completion,
     "infilling": infilling,
     "repetition": repetition,
 }
 
 
-def _cut(passage: str, generator: random.Random) -> tuple[str, str, str] | None:
+def spans(sentence: str) -> list[tuple[int, int]]:
+    """Names, dates, numbers, and one or two long words."""
+    return [match.span() for match in _SPAN.finditer(sentence)]
+
+
+def phrases(sentence: str) -> list[tuple[int, int]]:
+    """Runs of one to six words between function words and punctuation; two runs around "of" make one."""
+    found: list[tuple[int, int]] = []
+    for run in re.finditer(r"[^\s,;:()\[\]\"“”.!?]+(?:[.,]\d+)*(?: [^\s,;:()\[\]\"“”.!?]+(?:[.,]\d+)*)*", sentence):
+        start = end = None
+        for word in re.finditer(r"\S+", run.group()):
+            if word.group().lower() not in _BETWEEN:
+                start = word.start() if start is None else start
+                end = word.end()
+                continue
+            goes_on = word.group() == "of" and start is not None
+            if not goes_on and start is not None:
+                found.append((run.start() + start, run.start() + end))
+                start = None
+        if start is not None:
+            found.append((run.start() + start, run.start() + end))
+    return [(start, end) for start, end in found if end - start > 2 and len(sentence[start:end].split()) <= 6]
+
+
+def _cut(
+    passage: str, generator: random.Random, find: Callable[[str], list[tuple[int, int]]] = spans
+) -> tuple[str, str, str] | None:
     """A sentence as what precedes a span, the span, and what follows it; names and numbers are preferred."""
     found = sentences(passage)
     if not found:
         return None
     sentence = generator.choice(found)
-    spans = [match for match in _SPAN.finditer(sentence) if match.start() > 0]
-    if not spans:
+    places = [place for place in find(sentence) if place[0] > 0]
+    if not places:
         return None
-    named = [match for match in spans if not match.group()[0].islower()]
-    match = generator.choice(named if named and generator.random() < 0.75 else spans)
-    return sentence[: match.start()], match.group(), sentence[match.end() :]
+    named = [(start, end) for start, end in places if not sentence[start].islower()]
+    start, end = generator.choice(named if named and generator.random() < (0.75 if find is spans else 0.5) else places)
+    return sentence[:start], sentence[start:end], sentence[end:]
 
 
 def _question_word(left: str, answer: str, generator: random.Random) -> tuple[str, str]:

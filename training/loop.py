@@ -99,16 +99,17 @@ def train(recipe: Recipe, folder: Path, setup: Setup, accelerator: Accelerator, 
     objective, optimizer = accelerator.prepare(setup.objective, optimizer)
     start = load_checkpoint(folder, objective, optimizer.optimizer) if resume else 0
     log = RunLog(folder, start, accelerator)
-    for step in range(start, optimization.steps):
+    last = min(optimization.steps, recipe.run.stop_step or optimization.steps)
+    for step in range(start, last):
         factor = learning_rate_factor(step, optimization)
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * factor
         loss, tokens, norm = _update(step, setup, objective, optimizer, accelerator, optimization)
         done = step + 1
         log.add(loss, tokens)
-        if done % recipe.run.log_steps == 0 or done == optimization.steps:
+        if done % recipe.run.log_steps == 0 or done == last:
             log.write(done, {"learning_rate": optimization.learning_rate * factor, "gradient_norm": norm})
-        if done % recipe.run.save_steps == 0 or done == optimization.steps:
+        if done % recipe.run.save_steps == 0 or done == last:
             raw = optimizer.optimizer
             save_checkpoint(folder, done, objective, raw, recipe.run.keep, accelerator.is_main_process)
             accelerator.wait_for_everyone()

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 METHODS = ("cross_attention", "lora_prompt", "lora_closed_book")
-TASKS = ("answer", "question", "cloze", "completion", "infilling", "repetition")
+TASKS = ("answer", "question", "cloze", "phrase_question", "phrase_cloze", "completion", "infilling", "repetition")
 SCHEDULES = ("linear", "cosine", "constant")
 PRECISIONS = ("fp32", "bf16")
 
@@ -29,6 +29,7 @@ class ModelSection:
         chat_template: Jinja text instead of the tokenizer's own template.
         init: "self_attention", "random" or "zero", as `from_decoder` takes it.
         least_squares_passages: passages for the closed-form start of k and v (0: keep what `init` gave).
+        start_from: run folder of an earlier stage; its newest weights are where this one starts.
         config: fields of `XCLlamaConfig`.
         lora: fields of peft's `LoraConfig`.
     """
@@ -40,6 +41,7 @@ class ModelSection:
     chat_template: str | None = None
     init: str = "self_attention"
     least_squares_passages: int = 0
+    start_from: str | None = None
     config: dict[str, Any] = field(default_factory=dict)
     lora: dict[str, Any] = field(
         default_factory=lambda: {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}
@@ -121,6 +123,7 @@ class RunSection:
 
     Args:
         base_id, encoder_id: Hub ids to write into the exported config (None: `model.base`, `model.encoder`).
+        stop_step: end after this step, in the middle of the schedule (a stage that another recipe goes on from).
         keep: newest checkpoints that are kept.
         evaluate_steps: steps between two looks at held-out questions (0: none).
         trackers: of accelerate, as "tensorboard" or "wandb".
@@ -128,6 +131,7 @@ class RunSection:
 
     base_id: str | None = None
     encoder_id: str | None = None
+    stop_step: int | None = None
     save_steps: int = 200
     keep: int = 2
     log_steps: int = 20

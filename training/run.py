@@ -43,6 +43,10 @@ def run_recipe(recipe: Recipe, folder: Path, resume: bool = False) -> nn.Module:
     if recipe.model.least_squares_passages and not resume:
         fit_key_value(model, context_ids[: recipe.model.least_squares_passages])
     objective = Objective(model, recipe, _to_device(load_teacher(recipe), accelerator))
+    if recipe.model.start_from is not None and not load_checkpoint(Path(recipe.model.start_from), objective):
+        raise ValueError(
+            f"`model.start_from` ({recipe.model.start_from}) holds no checkpoint; train that stage first."
+        )
     states = _stored(recipe, model, context_ids, accelerator)
     collator = make_collator(recipe, prompts, [passage.text for passage in passages], context_ids, states)
     plan = ExamplePlan(passages, recipe)
