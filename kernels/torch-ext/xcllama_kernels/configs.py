@@ -29,7 +29,7 @@ def forward_configs(target: Target, dtype: torch.dtype, head_dim: int, bits: int
             128: [Config(128, 64, 4, 1), Config(64, 64, 4, 1)],
             256: [Config(64, 32, 4, 1)],
         }[size]
-    if size == 256 and (bits == 4 or (bits and _is_ampere(target))):
+    if size == 256 and target.arch != 100 and (bits == 4 or (bits and _is_ampere(target))):
         return [Config(32, 32, 4, 1)]
     if bits and _is_ampere(target):
         return [Config(64, 32, 4, 2)]
@@ -56,7 +56,7 @@ def decode_configs(target: Target, dtype: torch.dtype, head_dim: int, bits: int,
     if target.backend == "hip":
         return [Config(block_m, 64 if size < 256 and block_m < 128 else 32, 4, 2 if size < 256 else 1)]
     if size == 256 and bits:
-        return [Config(block_m, 16, 8 if block_m >= 64 else 4, 1)]
+        return [Config(block_m, 16, 8 if block_m >= 64 and target.arch != 100 else 4, 1)]
     if size == 256 or (bits and (size == 128 or _is_ampere(target)) and target.arch != 90):
         return [Config(block_m, 32, 8 if block_m >= 64 else 4, 2)]
     return [Config(block_m, 64, warps, 3), Config(block_m, 32, warps, 4)]
@@ -66,7 +66,8 @@ def query_gradient_configs(target: Target, dtype: torch.dtype, head_dim: int) ->
     """Candidates of `query_gradient_kernel`."""
     size = _size(head_dim)
     if dtype == torch.float32:
-        return [Config(32, 16, 4, 1) if size == 64 else Config(16, 16, 8, 1)]
+        narrow = size == 256 and target.backend == "hip"
+        return [Config(32, 16, 4, 1) if size == 64 else Config(16, 16, 4 if narrow else 8, 1)]
     if target.backend == "hip":
         return {64: [Config(64, 64, 4, 1)], 128: [Config(64, 32, 4, 1)], 256: [Config(32, 32, 4, 1)]}[size]
     if size == 64:
