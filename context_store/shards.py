@@ -12,6 +12,7 @@ from itertools import accumulate
 from math import prod
 from pathlib import Path
 
+import numpy
 import torch
 from torch import Tensor
 from xxhash import xxh3_128
@@ -30,6 +31,8 @@ DTYPES = {
     "I32": torch.int32,
     "I64": torch.int64,
 }
+# bytes from which a copy is worth huge pages
+HUGE = 4 << 20
 SUFFIXES = ("", ".scale", ".zero")
 # bytes of a header that are not states, at most: its fields, and `offsets`, `rows`, `row_offsets` of each document
 HEADER_BYTES, DOCUMENT_BYTES = 4096, 24
@@ -222,6 +225,15 @@ class MappedShard:
         return tokens * sum(part.token_bytes for part in self.parts.values())
 
 
+def _join(tensors: Sequence[Tensor]) -> Tensor:
+    """`torch.cat` along the tokens; large ones into memory of numpy, which asks for huge pages: fewer page faults."""
+    first = tensors[0]
+    if sum(tensor.nbytes for tensor in tensors) < HUGE:
+        return torch.cat(tensors)
+    raw = numpy.concatenate([tensor.reshape(-1).view(torch.uint8).numpy() for tensor in tensors])
+    return torch.from_numpy(raw).view(first.dtype).view(-1, *first.shape[1:])
+
+
 def gather(spans: Sequence[tuple[MappedShard, int, int]]) -> dict[str, Tensor]:
     """The tokens `(shard, start, tokens)` back to back: views where they lie so, else one copy."""
     first, start = spans[0][0], spans[0][1]
@@ -232,10 +244,7 @@ def gather(spans: Sequence[tuple[MappedShard, int, int]]) -> dict[str, Tensor]:
         position += tokens
     else:
         return {name: tensor[start:position] for name, tensor in first.tensors.items()}
-    return {
-        name: torch.cat([shard.tensors[name][begin : begin + tokens] for shard, begin, tokens in spans])
-        for name in first.names
-    }
+    return {name: _join([shard.tensors[name][begin : begin + n] for shard, begin, n in spans]) for name in first.names}
 
 
 def offsets_of(lengths: Iterable[int]) -> tuple[int, ...]:

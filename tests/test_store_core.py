@@ -369,3 +369,16 @@ def test_words_that_most_documents_have_are_left_out_of_large_searches(store, mo
     # where there is nothing rarer they count
     assert len(store.search("common", k=50)) == 30
     assert len(store.search("common unheard", k=50)) == 30
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8", "int4"])
+def test_large_copies_are_exact(tmp_path, model, monkeypatch, dtype):
+    with ContextStore(tmp_path, model, ByteProcessor(), dtype=dtype) as store:
+        documents = {"a": "first text", "b": "", "c": "the third", "d": "more"}
+        store.add(documents.keys(), documents.values())
+        small = store.get(["d", "a", "b"])
+        monkeypatch.setattr("context_store.shards.HUGE", 1)
+        large = store.get(["d", "a", "b"])
+        for row in range(3):
+            assert torch.equal(row_states(large, row), row_states(small, row))
+            assert large.row_token_ids(row).tolist() == small.row_token_ids(row).tolist()
