@@ -31,8 +31,11 @@ Questions were trained in the chat template of `chat_template.jinja`, which has 
 
 ## Training
 
-Recipe `{name}` (digest {digest}, seed {seed}), {step:,} of {steps:,} steps of {questions} questions on one CPU core:
-`python scripts/train.py --recipe training/recipes/{name}.yaml`. The curve is in curve.json.
+Recipe `{name}` (digest {digest}, seed {seed}), steps of {questions} questions on one CPU core; curve in curve.json.
+
+| stage | steps | hours |
+|---|---|---|
+{stages}
 
 ![training curve](curve.png)
 
@@ -74,8 +77,10 @@ def write_card(recipe: Recipe, folder: Path, results: Path | None = None) -> Non
         size=weights.stat().st_size / 1e6,
         digest=recipe.digest,
         seed=recipe.seed,
-        step=trained["step"],
-        steps=recipe.optimization.steps,
+        stages="\n".join(
+            f"| training/recipes/{stage['recipe']}.yaml | {stage['step']:,} | {stage['seconds'] / 3600:.2f} |"
+            for stage in trained["stages"]
+        ),
         questions=recipe.optimization.passages_per_step * recipe.optimization.questions_per_passage,
         sources="\n".join(f"| [{name}]({SOURCES[name].homepage}) | {SOURCES[name].licence} |" for name in named),
         answer_weight=tasks.get("answer", 0) / sum(tasks.values()),

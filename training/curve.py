@@ -7,21 +7,27 @@ from training.checkpoints import write_json
 from training.loop import read_log
 
 
-def write_curve(log: Path, folder: Path, title: str) -> dict[str, Any]:
-    """Write curve.json and curve.png of `log` to `folder` and return what curve.json holds.
+def write_curve(logs: list[Path], folder: Path, title: str) -> dict[str, Any]:
+    """Write curve.json and curve.png of the stages of a run to `folder` and return what curve.json holds.
+
+    Args:
+        logs: of the stages, first to last; steps are counted through.
 
     Raises:
-        ValueError: the log holds no loss.
+        ValueError: the logs hold no loss.
     """
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    lines = list(read_log(log))
+    lines: list[dict[str, float]] = []
+    for log in logs:
+        before = lines[-1]["step"] if lines else 0
+        lines += [line | {"step": line["step"] + before} for line in read_log(log)]
     losses = [(line["step"], line["loss"]) for line in lines if "loss" in line]
     if not losses:
-        raise ValueError(f"{log} holds no loss; a curve needs at least one logged step.")
+        raise ValueError(f"{logs[-1]} holds no loss; a curve needs at least one logged step.")
     curve: dict[str, Any] = {"loss": losses}
     for name in ("right_context", "wrong_context"):
         points = [(line["step"], line[name]) for line in lines if name in line]

@@ -42,7 +42,8 @@ def export_model(recipe: Recipe, model: nn.Module, run_folder: Path, target: Pat
     if template:
         _write(target / "chat_template.jinja", template)
     _write(target / "recipe.yaml", yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True))
-    write_curve(run_folder / "log.jsonl", target, recipe.name)
+    folders = stages(run_folder)
+    write_curve([folder / "log.jsonl" for folder in folders], target, recipe.name)
     origin = Path(find_model(recipe.model.base)) / "SOURCE"
     write_json(
         target / "training.json",
@@ -51,6 +52,7 @@ def export_model(recipe: Recipe, model: nn.Module, run_folder: Path, target: Pat
             "digest": recipe.digest,
             "seed": recipe.seed,
             "step": _step(run_folder),
+            "stages": [_stage(folder) for folder in folders],
             "base": recipe.model.base,
             "base_source": origin.read_text().strip() if origin.is_file() else recipe.model.base,
             "base_digest": getattr(model.config, "base_model_digest", None),
@@ -75,15 +77,29 @@ def quick_look(recipe: Recipe, model: nn.Module, run_folder: Path, questions: in
             samples = list(zip(held_out.questions, predictions, held_out.answers, strict=True))[:24]
             figures["samples"] = [{"question": q, "prediction": p, "answers": a} for q, p, a in samples]
     lines = list(read_log(run_folder / "log.jsonl"))
+    folders = stages(run_folder)
     return {
         "recipe": recipe.name,
         "digest": recipe.digest,
         "parameters": parameter_counts(model),
         "step": _step(run_folder),
-        "training_seconds": max((line.get("seconds", 0.0) for line in lines), default=0.0),
+        "stages": [_stage(folder) for folder in folders],
+        "training_seconds": sum(_stage(folder)["seconds"] for folder in folders),
         "final_loss": next((line["loss"] for line in reversed(lines) if "loss" in line), None),
         "held_out": {"source": recipe.run.evaluate_source, "questions": len(held_out.questions)} | figures,
     }
+
+
+def stages(run_folder: Path) -> list[Path]:
+    """The run folders that a run went through, first to last."""
+    start = json.loads((run_folder / "recipe.json").read_text())["recipe"]["model"].get("start_from")
+    return [*(stages(Path(start)) if start is not None else []), run_folder]
+
+
+def _stage(folder: Path) -> dict[str, Any]:
+    recipe = json.loads((folder / "recipe.json").read_text())
+    seconds = max((line.get("seconds", 0.0) for line in read_log(folder / "log.jsonl")), default=0.0)
+    return {"recipe": recipe["recipe"]["name"], "digest": recipe["digest"], "step": _step(folder), "seconds": seconds}
 
 
 def _step(run_folder: Path) -> int:
