@@ -149,11 +149,11 @@ def all_variants(target: Target, name: str) -> Iterator[Variant]:
 
 
 def one_variant_a_kernel(target: Target, name: str) -> list[Variant]:
-    """The default configuration of each kernel for head size 64: what continuous integration compiles."""
+    """The default configuration of each kernel: what continuous integration compiles."""
     found: dict[str, Variant] = {}
     candidates = [
         forward_variants(target, name, 4, 64),
-        decode_variants(target, name, 0, 64),
+        decode_variants(target, name, 0, 128),
         backward_variants(target, name, 64),
         projection_variants(target, name, 8),
     ]
