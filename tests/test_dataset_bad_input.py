@@ -70,10 +70,10 @@ def test_truncated_gzip_keeps_what_came_before(tmp_path):
     ("name", "file", "content"),
     [
         ("repliqa", "empty.jsonl", b""),
-        ("repliqa", "empty.jsonl.gz", gzip.compress(b"")),
+        ("repliqa", "empty.jsonl.gz", gzip.compress(b"", mtime=0)),
         ("repliqa", "blank.jsonl", b"\n\n"),
         ("squad_v2", "empty.json", b""),
-        ("squad_v2", "empty.json.gz", gzip.compress(b"")),
+        ("squad_v2", "empty.json.gz", gzip.compress(b"", mtime=0)),
         ("msmarco", "empty.json", b""),
         ("text", "empty.txt", b"\n"),
     ],
