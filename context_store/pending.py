@@ -3,13 +3,12 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
-import torch
 from torch import Tensor
 
 from modeling_xcllama.context_cache import ContextCache
 
 from .catalogue import NewDocument
-from .shards import DOCUMENT_BYTES, cache_of_parts, document_checksums, offsets_of, state_parts
+from .shards import DOCUMENT_BYTES, cache_of_parts, document_checksums, join_tokens, offsets_of, state_parts
 
 
 @dataclass
@@ -81,7 +80,7 @@ class PendingShard:
 
     def cache(self, fingerprint: str) -> ContextCache:
         """All states, one row a document."""
-        parts = {name: torch.cat([part[name] for part in self._parts]) for name in self._parts[0]}
+        parts = {name: join_tokens([part[name] for part in self._parts]) for name in self._parts[0]}
         return cache_of_parts(parts, offsets_of(row.tokens for row in self.rows), fingerprint)
 
     def clear(self) -> None:

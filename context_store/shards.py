@@ -225,7 +225,7 @@ class MappedShard:
         return tokens * sum(part.token_bytes for part in self.parts.values())
 
 
-def _join(tensors: Sequence[Tensor]) -> Tensor:
+def join_tokens(tensors: Sequence[Tensor]) -> Tensor:
     """`torch.cat` along the tokens; large ones into memory of numpy, which asks for huge pages: fewer page faults."""
     first = tensors[0]
     if sum(tensor.nbytes for tensor in tensors) < HUGE:
@@ -244,7 +244,10 @@ def gather(spans: Sequence[tuple[MappedShard, int, int]]) -> dict[str, Tensor]:
         position += tokens
     else:
         return {name: tensor[start:position] for name, tensor in first.tensors.items()}
-    return {name: _join([shard.tensors[name][begin : begin + n] for shard, begin, n in spans]) for name in first.names}
+    return {
+        name: join_tokens([shard.tensors[name][begin : begin + n] for shard, begin, n in spans])
+        for name in first.names
+    }
 
 
 def offsets_of(lengths: Iterable[int]) -> tuple[int, ...]:
