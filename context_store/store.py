@@ -22,7 +22,7 @@ from .handles import Handle
 from .manifest import Manifest
 from .pending import AddReport, PendingShard, VerifyReport, split_documents, zip_documents
 from .reading import MissingDocumentError, ReadableStore
-from .schema import CATALOGUE_NAME, namespace_folder, sync_folder
+from .schema import CATALOGUE_NAME, check_opener, namespace_folder, sync_folder
 from .shards import HEADER_BYTES, MappedShard, write_shard
 from .snapshot import write_snapshot
 
@@ -77,7 +77,9 @@ class ContextStore(ReadableStore):
         self.fingerprint = fingerprint if model is None else model.model.context_fingerprint()
         self.read_only = self._resolve_read_only(read_only)
         super().__init__(Catalogue(self.folder, self.read_only, self._new_meta(dtype)), namespace, str(self.folder))
-        self._check_meta(dtype)
+        template = None if processor is None else str(processor.template_version)
+        check_opener(self.catalogue.meta, self.folder, self.fingerprint, template, namespace, dtype)
+        self.fingerprint = self.catalogue.meta["fingerprint"]
         self._limit_bytes(max_bytes, shard_bytes)
         self._used: dict[int, float] = {}
         if not self.read_only:
@@ -124,25 +126,6 @@ class ContextStore(ReadableStore):
         template = "" if self.processor is None else str(self.processor.template_version)
         fields = {"namespace": self.namespace, "dtype": dtype, "template_version": template}
         return fields | {"fingerprint": self.fingerprint or "", "shard_bytes": "", "max_bytes": ""}
-
-    def _check_meta(self, dtype: str) -> None:
-        meta = self.catalogue.meta
-        if self.fingerprint is not None and meta["fingerprint"] != self.fingerprint:
-            raise ValueError(
-                f"{self.folder} holds states of another model, template or version of the weights: its fingerprint is "
-                f"{meta['fingerprint']}, the model's {self.fingerprint}; use that model, or a new store."
-            )
-        template = None if self.processor is None else str(self.processor.template_version)
-        if template is not None and meta["template_version"] not in ("", template):
-            raise ValueError(
-                f"{self.folder} was made with template version {meta['template_version']!r}, the processor has "
-                f"{template!r}; use the code it was made with, or a new store."
-            )
-        if meta["namespace"] != self.namespace:
-            raise ValueError(f"{self.folder} is the namespace {meta['namespace']!r}, not {self.namespace!r}.")
-        if dtype != "auto" and meta["dtype"] not in ("", dtype):
-            raise ValueError(f"{self.folder} holds {meta['dtype']} states; open it with that `dtype` or 'auto'.")
-        self.fingerprint = meta["fingerprint"]
 
     def _limit_bytes(self, max_bytes: int | None, shard_bytes: int) -> None:
         stored = self.catalogue.meta["max_bytes"]

@@ -160,7 +160,9 @@ def find_kernels():
     if not _kernels:
         repo_id = os.environ.get("XCLLAMA_KERNEL", "xcllama/xcllama-kernels")
         if "XCLLAMA_KERNEL" in os.environ or f"{repo_id}=" in os.environ.get("LOCAL_KERNELS", ""):
-            module, source = importlib.import_module("kernels").get_kernel(repo_id, version=1), repo_id
+            # named by the user in the environment: that is the consent to run its code
+            get_kernel = importlib.import_module("kernels").get_kernel
+            module, source = get_kernel(repo_id, version=1, trust_remote_code=True), repo_id
         elif importlib.util.find_spec("xcllama_kernels") is None or importlib.util.find_spec("triton") is None:
             raise ImportError(
                 "`cross_attn_implementation='triton'` needs the kernels: `pip install triton xcllama`, or name a Hub "

@@ -56,9 +56,7 @@ def test_a_filled_blank_is_the_passage_again():
 
 def test_phrases_are_whole():
     found = [sentence[start:end] for sentence in sentences(PASSAGE) for start, end in phrases(sentence)]
-    assert {"party", "Analytical Engine", "Taylor's Scientific Memoirs", "first computer program"} <= set(
-        found
-    )
+    assert {"party", "Analytical Engine", "Taylor's Scientific Memoirs", "first computer program"} <= set(found)
     assert not [phrase for phrase in found if phrase.split()[0].lower() in ("the", "in", "of", "was", "her")]
 
 

@@ -78,4 +78,4 @@ def test_the_environment_overrides_the_installed_package(monkeypatch, tmp_path):
     monkeypatch.setenv("XCLLAMA_KERNEL", "someone/other-kernels")
     assert cross_attention.find_kernels() is sys
     assert cross_attention.find_kernels() is sys
-    assert asked == [("someone/other-kernels", {"version": 1})]
+    assert asked == [("someone/other-kernels", {"version": 1, "trust_remote_code": True})]
