@@ -28,6 +28,7 @@ def main() -> int:
     parser.add_argument(
         "--results", type=Path, help="write a results file, with a quick held-out evaluation, to this folder"
     )
+    parser.add_argument("--questions", type=int, default=200, help="held-out questions of the results file")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     try:
