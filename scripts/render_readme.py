@@ -116,7 +116,24 @@ def demo_table() -> str:
     return "\n".join(lines) + "\n" + source("demo", result)
 
 
-TABLES = {"bytes": bytes_table, "demo": demo_table}
+def evaluation_table() -> str:
+    """F1 and bytes a token of every method on the held-out questions."""
+    name = "eval_xc-smollm2-135m"
+    result = read_result(name)
+    if result is None:
+        return "Not measured yet: `python scripts/compare_methods.py` (see its help)."
+    lines = ["| method | task | questions | token F1 | 95 % interval | exact match |", "|---|---|" + "---:|" * 4]
+    for run in sorted(result["runs"], key=lambda run: (run["task"], -run["quality"]["f1"]["value"])):
+        f1, exact = run["quality"]["f1"], run["quality"]["exact_match"]
+        low, high = f1["interval"]
+        lines.append(
+            f"| {run['method']} | {run['task']} | {f1['documents']} | {f1['value']:.3f} | {low:.3f} to {high:.3f} "
+            f"| {exact['value']:.3f} |"
+        )
+    return "\n".join(lines) + "\n" + source(name, result)
+
+
+TABLES = {"bytes": bytes_table, "demo": demo_table, "evaluation": evaluation_table}
 
 
 def render(text: str) -> str:
