@@ -55,9 +55,9 @@ def num_positions(config) -> int:
 
 
 def windows(length: int, most: int) -> Iterator[tuple[int, int]]:
-    """Spans that cover `length` tokens in as few windows of at most `most` as possible, evenly."""
+    """Spans that cover `length` tokens in as few windows of at most `most` as possible, evenly; none for no tokens."""
     count = -(-length // most)
-    bounds = [round(index * length / count) for index in range(count + 1)]
+    bounds = [round(index * length / max(count, 1)) for index in range(count + 1)]
     return zip(bounds[:-1], bounds[1:], strict=True)
 
 

@@ -340,6 +340,16 @@ def test_contexts_that_do_not_fit(tiny_model, batch, arguments, message):
             call(input_ids=batch["input_ids"], **arguments(cache, batch["context_input_ids"]))
 
 
+def test_an_empty_context_is_a_row_without_one(tiny_model, tiny_base, batch):
+    mask = torch.ones_like(batch["context_input_ids"])
+    mask[1] = 0
+    cache = tiny_model.encode_context(batch["context_input_ids"], mask)
+    assert cache.lengths == [11, 0]
+    logits = tiny_model(batch["input_ids"], context_cache=cache).logits
+    assert torch.equal(logits[1], tiny_base(batch["input_ids"]).logits[1])
+    assert tiny_model.encode_context(batch["context_input_ids"], torch.zeros_like(mask)).lengths == [0, 0]
+
+
 def test_limits_of_contexts(tiny_base, batch):
     model = XCLlamaForCausalLM.from_decoder(tiny_base, context_max_length=8)
     with pytest.raises(ValueError, match="11 tokens, `context_max_length` is 8"):
