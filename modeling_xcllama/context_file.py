@@ -47,8 +47,27 @@ def read_file(path: Path, verify: bool) -> tuple[dict[str, str], dict[str, Tenso
         ValueError: no context cache, of a newer format, truncated or altered.
         FileNotFoundError: no such file.
     """
+    # header and tensors are opened one after the other: a file that is replaced in between is read again
+    while True:
+        before = _identity(path)
+        try:
+            header, tensors = _read_once(path, verify)
+        except ValueError:
+            if _identity(path) == before:
+                raise
+            continue
+        if _identity(path) == before:
+            return header, tensors
+
+
+def _identity(path: Path) -> tuple[int, int, int]:
     if not path.is_file():
         raise FileNotFoundError(f"no context cache at {path}.")
+    status = path.stat()
+    return status.st_ino, status.st_mtime_ns, status.st_size
+
+
+def _read_once(path: Path, verify: bool) -> tuple[dict[str, str], dict[str, Tensor]]:
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}

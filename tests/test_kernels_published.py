@@ -24,7 +24,10 @@ def assembler():
 
 @pytest.fixture(scope="module")
 def repository(assembler, tmp_path_factory) -> Path:
-    return assembler.assemble(tmp_path_factory.mktemp("hub") / "xcllama-kernels")
+    folder = assembler.assemble(tmp_path_factory.mktemp("hub") / "xcllama-kernels")
+    # here, before a test imports from it
+    assert not list(folder.rglob("__pycache__"))
+    return folder
 
 
 CHECK = """
@@ -68,7 +71,6 @@ def test_layout(repository):
         assert (metadata.name.python_name, metadata.version, metadata.license) == ("xcllama_kernels", 1, "Apache-2.0")
         assert str(metadata.backend.backend_type).lower() == backend
         assert (folder / "__init__.py").is_file()
-        assert not list(folder.rglob("__pycache__"))
     assert len(identifiers) == 3
     assert "{{" not in (repository / "README.md").read_text()
 

@@ -36,13 +36,14 @@ def counted_traffic() -> Iterator[Requested]:
     # the unmasked forms call these
     load, store = builder.create_masked_load, builder.create_masked_store
 
-    def masked_load(self, ptrs, mask, other, cache_policy, is_volatile):
+    # how many arguments follow the mask differs between versions of triton
+    def masked_load(self, ptrs, mask, *rest):
         requested.loaded += _unique_bytes(ptrs, mask)
-        return load(self, ptrs, mask, other, cache_policy, is_volatile)
+        return load(self, ptrs, mask, *rest)
 
-    def masked_store(self, ptrs, value, mask, cache_policy):
+    def masked_store(self, ptrs, value, mask, *rest):
         requested.stored += _unique_bytes(ptrs, mask)
-        return store(self, ptrs, value, mask, cache_policy)
+        return store(self, ptrs, value, mask, *rest)
 
     builder.create_masked_load, builder.create_masked_store = masked_load, masked_store
     try:
