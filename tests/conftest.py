@@ -1,7 +1,8 @@
 """Tiny random models for mechanics, and SmolLM2 for the few end-to-end tests."""
 
 import os
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -131,3 +132,23 @@ def smollm2_folder() -> Path:
 @pytest.fixture(scope="session")
 def minilm_folder() -> Path:
     return model_folder("all-MiniLM-L6-v2")
+
+
+@pytest.fixture
+def bucket(monkeypatch) -> Iterator[str]:
+    """The URL of an empty S3 bucket on loopback; the environment tells clients where it is."""
+    server = pytest.importorskip("moto.server", reason="the extra `dev` is not installed")
+    s3fs = pytest.importorskip("s3fs", reason="the extra `store-cluster` is not installed")
+    thread = server.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    thread.start()
+    host, port = thread.get_host_and_port()
+    values = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
+    for name, value in (values | {"AWS_ENDPOINT_URL": f"http://{host}:{port}"}).items():
+        monkeypatch.setenv(name, value)
+    s3fs.S3FileSystem.clear_instance_cache()
+    # the servers of a process share their buckets
+    name = f"bucket-{uuid.uuid4().hex}"
+    s3fs.S3FileSystem().mkdir(name)
+    yield f"s3://{name}"
+    thread.stop()
+    s3fs.S3FileSystem.clear_instance_cache()

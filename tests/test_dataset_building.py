@@ -212,23 +212,6 @@ def test_the_script_says_what_is_wrong(tmp_path):
         assert list(tmp_path.iterdir()) == []
 
 
-@pytest.fixture
-def bucket(monkeypatch):
-    """An empty S3 bucket on loopback."""
-    server = pytest.importorskip("moto.server", reason="the extra `dev` is not installed").ThreadedMotoServer(port=0)
-    s3fs = pytest.importorskip("s3fs", reason="the extra `store-cluster` is not installed")
-    server.start()
-    host, port = server.get_host_and_port()
-    values = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
-    for name, value in (values | {"AWS_ENDPOINT_URL": f"http://{host}:{port}"}).items():
-        monkeypatch.setenv(name, value)
-    s3fs.S3FileSystem.clear_instance_cache()
-    s3fs.S3FileSystem().mkdir("bucket")
-    yield "s3://bucket"
-    server.stop()
-    s3fs.S3FileSystem.clear_instance_cache()
-
-
 def test_s3_in_and_out(tmp_path, bucket):
     with fsspec.open(f"{bucket}/in/repliqa-0.jsonl.gz", "wb") as stream:
         stream.write(gzip.compress((FIXTURES / "repliqa.jsonl").read_bytes()))

@@ -131,27 +131,14 @@ def test_states_do_not_depend_on_who_encodes(corpus, tmp_path):
         assert read(path, columns=same).equals(read(other, columns=same))
 
 
-def test_output_on_s3(corpus, tmp_path, monkeypatch):
-    server = pytest.importorskip("moto.server", reason="moto is not installed")
-    pytest.importorskip("s3fs", reason="s3fs is not installed")
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, "test")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    thread = server.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    thread.start()
-    try:
-        host, port = thread.get_host_and_port()
-        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        settings = settings_for("s3://corpora/bulk", storage_options={"skip_instance_cache": True})
-        settings.folder.fs.mkdir("corpora")
-        tasks = load_plan(str(corpus), settings, 1500)
-        for task in tasks:
-            assert encode_task(task, TableModel(), ByteProcessor(), settings)
-        assert not encode_task(tasks[0], TableModel(), ByteProcessor(), settings)
-        finish(tasks, settings, "table-0")
-        assert_is_the_corpus("s3://corpora/bulk", tmp_path / "cache")
-    finally:
-        thread.stop()
+def test_output_on_s3(corpus, tmp_path, bucket):
+    settings = settings_for(f"{bucket}/bulk", storage_options={"skip_instance_cache": True})
+    tasks = load_plan(str(corpus), settings, 1500)
+    for task in tasks:
+        assert encode_task(task, TableModel(), ByteProcessor(), settings)
+    assert not encode_task(tasks[0], TableModel(), ByteProcessor(), settings)
+    finish(tasks, settings, "table-0")
+    assert_is_the_corpus(f"{bucket}/bulk", tmp_path / "cache")
 
 
 @pytest.fixture

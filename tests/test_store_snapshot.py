@@ -176,36 +176,17 @@ def test_merge_spans():
     assert merge_spans([(5, 9), (0, 5), (12, 12), (20, 30), (25, 28)]) == [(0, 9), (20, 30)]
 
 
-@pytest.fixture
-def s3(monkeypatch):
-    """An S3 server on loopback, and what s3fs needs to reach it."""
-    server = pytest.importorskip("moto.server", reason="moto is not installed")
-    pytest.importorskip("s3fs", reason="s3fs is not installed")
-    for name, value in {
-        "AWS_ACCESS_KEY_ID": "a",
-        "AWS_SECRET_ACCESS_KEY": "b",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }.items():
-        monkeypatch.setenv(name, value)
-    thread = server.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    thread.start()
-    host, port = thread.get_host_and_port()
-    options = {"endpoint_url": f"http://{host}:{port}", "skip_instance_cache": True}
-    Folder("s3://corpora", options).fs.mkdir("corpora")
-    yield options
-    thread.stop()
-
-
-def test_a_snapshot_on_s3(tmp_path, model, s3):
+def test_a_snapshot_on_s3(tmp_path, model, bucket):
+    storage = {"skip_instance_cache": True}
     with ContextStore(tmp_path / "s", model, ByteProcessor(), shard_bytes=20_000, namespace="demo") as store:
         store.add(EXPECTED.keys(), EXPECTED.values(), [{"number": i} for i in range(40)])
-        store.snapshot("s3://corpora/lighthouses", storage_options=s3)
-    options = {"storage_options": s3, "cache_folder": tmp_path / "cache"}
-    with ContextStore.open("s3://corpora/lighthouses", model, ByteProcessor(), **options) as store:
+        store.snapshot(f"{bucket}/lighthouses", storage_options=storage)
+    options = {"storage_options": storage, "cache_folder": tmp_path / "cache"}
+    with ContextStore.open(f"{bucket}/lighthouses", model, ByteProcessor(), **options) as store:
         store.get("döc 3")
         assert 0 < store.metrics.total.bytes_fetched < store.manifest.nbytes // 2
         assert_serves(store, model)
         assert store.verify().damaged == []
-    pull("s3://corpora/lighthouses", tmp_path / "copy", s3)
+    pull(f"{bucket}/lighthouses", tmp_path / "copy", storage)
     with ContextStore.open(tmp_path / "copy", model, ByteProcessor(), cache_folder=tmp_path / "cache2") as store:
         assert_serves(store, model)

@@ -61,6 +61,7 @@ class DataSection:
         max_history: earlier turns kept in front of a question.
         distractors: other passages joined to the right one.
         max_passages: passages read from each source (None: all).
+        renamed: passages that are added once more with invented names and numbers.
     """
 
     sources: dict[str, float]
@@ -71,6 +72,7 @@ class DataSection:
     max_history: int = 2
     distractors: int = 0
     max_passages: int | None = None
+    renamed: int = 0
 
 
 @dataclass(frozen=True)
@@ -169,6 +171,7 @@ class Recipe:
             _at_least(f"optimization.{name}", getattr(optimization, name), 1)
         for name in ("max_context_words", "windows", "max_answer_words"):
             _at_least(f"data.{name}", getattr(data, name), 1)
+        _at_least("data.renamed", data.renamed, 0)
         for name in ("save_steps", "keep", "log_steps"):
             _at_least(f"run.{name}", getattr(self.run, name), 1)
         if not (optimization.learning_rate > 0 and math.isfinite(optimization.learning_rate)):

@@ -20,6 +20,7 @@ from training.objectives import Objective
 from training.passages import read_passages
 from training.prompts import Prompts
 from training.recipe import Recipe
+from training.renaming import with_renamed
 from training.stored_states import StoredStates, encode_in_memory, store_states
 
 logger = logging.getLogger(__name__)
@@ -35,7 +36,7 @@ def run_recipe(recipe: Recipe, folder: Path, resume: bool = False) -> nn.Module:
     set_seed(recipe.seed)
     accelerator = make_accelerator(recipe, folder)
     prompts = Prompts(load_processor(recipe))
-    passages = read_passages(recipe.data, recipe.seed)
+    passages = with_renamed(read_passages(recipe.data, recipe.seed), recipe.data.renamed, recipe.seed)
     context_ids = [prompts.context_ids(passage.text) for passage in passages]
     model = build_model(recipe)
     counts = parameter_counts(model)

@@ -1,7 +1,7 @@
 """States of the passages, computed once with the frozen encoder and read from disk through mmap afterwards.
 
-They lie in shards of 256 passages (ordinary context caches), in a folder named by what made them and by the passages'
-token ids; an interrupted run goes on with the first missing shard.
+They lie in shards of 256 passages (ordinary context caches), named by the passages' token ids, in a folder named by
+what made them: an interrupted run goes on with the first missing shard, and runs on the same passages share them.
 """
 
 import hashlib
@@ -50,18 +50,16 @@ def store_states(
     Raises:
         ValueError: a shard is damaged; it names the file.
     """
-    digest = hashlib.sha256(encoder_digest(model).encode())
-    for ids in passages:
-        digest.update(repr(ids).encode())
-    folder = folder / digest.hexdigest()[:16]
+    folder = folder / encoder_digest(model)[:16]
     folder.mkdir(parents=True, exist_ok=True)
     caches = []
-    for number, start in enumerate(range(0, len(passages), SHARD_PASSAGES)):
-        path = folder / f"states-{number:05d}.safetensors"
+    for start in range(0, len(passages), SHARD_PASSAGES):
+        shard = passages[start : start + SHARD_PASSAGES]
+        path = folder / f"states-{hashlib.sha256(repr(shard).encode()).hexdigest()[:16]}.safetensors"
         if not path.is_file():
             if not is_main:
                 raise ValueError(f"{path} is missing; the main process writes it first.")
-            _encode(model, passages[start : start + SHARD_PASSAGES]).save(path)
+            _encode(model, shard).save(path)
             logger.info("states of %d / %d passages", min(start + SHARD_PASSAGES, len(passages)), len(passages))
         caches.append(ContextCache.load(path, verify=False))
     return StoredStates(caches)
