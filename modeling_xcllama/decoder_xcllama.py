@@ -222,7 +222,7 @@ class XCLlamaModel(XCLlamaPreTrainedModel, LlamaModel):
             )
         return self.project_context(context_cache) if hasattr(context_cache, "states") else context_cache
 
-    def _encode_batch(self, ids: Tensor, mask: Tensor) -> Tensor:
+    def encode_batch(self, ids: Tensor, mask: Tensor) -> Tensor:
         """States `[num_contexts, length, width]` of right-padded ids."""
         layer = self.config.context_layer
         if self.encoder is not None:
@@ -248,7 +248,7 @@ class XCLlamaModel(XCLlamaPreTrainedModel, LlamaModel):
         encoded: dict[tuple, Tensor] = {}
         for batch in batches_by_length([end - start for _, (start, end) in pieces]):
             ids, mask = pad_right([sequences[pieces[i][0]][slice(*pieces[i][1])] for i in batch])
-            for index, states in zip(batch, self._encode_batch(ids, mask), strict=True):
+            for index, states in zip(batch, self.encode_batch(ids, mask), strict=True):
                 start, end = pieces[index][1]
                 encoded[pieces[index]] = states[: end - start]
         empty = torch.zeros((0, self.config.context_width), dtype=self.embed_tokens.weight.dtype)

@@ -164,7 +164,7 @@ class XCLlamaForCausalLM(ContextGenerationMixin, XCLlamaPreTrainedModel, LlamaFo
             )
         if encoder is not None and not isinstance(encoder, PreTrainedModel):
             encoder = AutoModel.from_pretrained(encoder, dtype=base.dtype)
-        config = _config_of(base, encoder, config_overrides)
+        config = config_from_decoder(base, encoder, config_overrides)
         with torch.device("meta"):
             model = cls(config)
         model.to(base.dtype)
@@ -287,7 +287,7 @@ def keep_added_modules(quantization_config):
     return config
 
 
-def _config_of(base: PreTrainedModel, encoder: PreTrainedModel | None, overrides: dict) -> XCLlamaConfig:
+def config_from_decoder(base: PreTrainedModel, encoder: PreTrainedModel | None, overrides: dict) -> XCLlamaConfig:
     """The config of an XC model on `base`, with `overrides`."""
     inherited = base.config.to_dict()
     fields = XCLlamaConfig.__dataclass_fields__

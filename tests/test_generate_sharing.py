@@ -56,8 +56,8 @@ class Counter:
     def __init__(self, model, monkeypatch):
         self.encoded, self.projected = [], []
         inner, projection = model.model, model.model.context_projections[0]
-        original = inner._encode_batch
-        monkeypatch.setattr(inner, "_encode_batch", lambda ids, mask: self.encoded.append(ids) or original(ids, mask))
+        original = inner.encode_batch
+        monkeypatch.setattr(inner, "encode_batch", lambda ids, mask: self.encoded.append(ids) or original(ids, mask))
         self.hook = projection.register_forward_hook(
             lambda module, inputs, output: self.projected.append(inputs[0].shape[0])
         )

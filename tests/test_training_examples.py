@@ -10,6 +10,7 @@ from training.examples import BUCKET_STEPS, ExamplePlan
 from training.label_free import LABEL_FREE, cloze, completion, infilling, phrases, sentences
 from training.passages import Passage, Question
 from training.recipe import recipe_from_dict
+from training.renaming import rename, with_renamed
 
 PASSAGE = (
     "Ada Lovelace was born in London on 10 December 1815. She met Charles Babbage at a party in June 1833. "
@@ -125,3 +126,28 @@ def test_answers_without_a_question_are_refused():
     with pytest.raises(ValueError, match="drop, boolq.*weight 0"):
         ExamplePlan(bare, recipe())
     assert ExamplePlan(bare, recipe(tasks={"cloze": 1})).step(0)
+
+
+def test_renamed_passages_are_told_of_the_same_way_everywhere():
+    question = Question("Where was Ada Lovelace born?", "London", "coqa", (("Who met Babbage?", "Lovelace"),))
+    counted = Question("How many notes are there?", "Twelve", "drop")
+    passage = Passage(PASSAGE, "coqa", [question, counted])
+    renamed = rename(passage, random.Random(0))
+    assert not {"Lovelace", "London", "Babbage", "1815", "1833"} & set(renamed.text.replace(".", " ").split())
+    assert "December" in renamed.text
+    assert renamed.text.startswith("Ada ")
+    (kept,) = renamed.questions
+    assert kept.answer in renamed.text
+    assert kept.answer != "London"
+    assert kept.history[0][1] in kept.text
+    assert kept.history[0][1] in renamed.text
+    assert rename(passage, random.Random(0)) == renamed
+
+
+def test_renamed_passages_come_behind_the_others():
+    made = passages()
+    more = with_renamed(made, 3, seed=0)
+    assert more[: len(made)] == made
+    assert len(more) == len(made) + 3
+    with pytest.raises(ValueError, match="`data.renamed` is 13, and there are 12 passages"):
+        with_renamed(made, 13, seed=0)

@@ -26,10 +26,12 @@ base_folder, rows_file, make_recipe, tiny_tokenizer, batch_and_objective, equal 
 )
 
 
+@pytest.mark.parametrize("rope", [False, True], ids=["", "rope"])
 @pytest.mark.parametrize("shared", [False, True], ids=["hidden", "condensed"])
 @pytest.mark.parametrize("distractors", [0, 2])
-def test_loss_is_that_of_the_public_model(make_recipe, shared, distractors):
+def test_loss_is_that_of_the_public_model(make_recipe, shared, distractors, rope):
     config = {"context_layer": 2, "cross_attention_layers": [1, 3], "cross_attention_share_key_value": shared}
+    config["cross_attention_rope"] = rope
     recipe = make_recipe(
         model={"config": config}, data={"distractors": distractors}, optimization={"context_dropout": 0}
     )

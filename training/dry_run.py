@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from modeling_xcllama import XCLlamaForCausalLM
 from modeling_xcllama.checkpoints import find_model
-from modeling_xcllama.modeling_xcllama import _config_of
+from modeling_xcllama.modeling_xcllama import config_from_decoder
 from training.build import parameter_counts, train_encoder_layers
 from training.recipe import Recipe
 
@@ -75,7 +75,7 @@ def _meta_model(recipe: Recipe) -> torch.nn.Module:
         return get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **recipe.model.lora))
     encoder = None if recipe.model.encoder is None else AutoModel.from_config(_config(recipe.model.encoder))
     # from_decoder digests the weights, of which there are none here
-    model = XCLlamaForCausalLM(_config_of(base, encoder, recipe.model.config))
+    model = XCLlamaForCausalLM(config_from_decoder(base, encoder, recipe.model.config))
     model.freeze_base()
     if encoder is not None:
         train_encoder_layers(model, recipe.model.train_encoder)

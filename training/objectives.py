@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from modeling_xcllama.context_cache import ContextCache, ProjectedContext
 from modeling_xcllama.context_encoding import pad_right
+from modeling_xcllama.context_projection import rotate_keys
 from modeling_xcllama.cross_attention import ContextRows
 from modeling_xcllama.decoder_xcllama import XCLlamaModel
 from training.collator import Batch
@@ -88,6 +89,8 @@ class Objective(nn.Module):
         pairs = [projection(states) for projection in model.context_projections]
         if tokens is not None:
             pairs = [(key[tokens], value[tokens]) for key, value in pairs]
+        if model.cross_rotary_emb is not None:
+            pairs = [(rotate_keys(key, rows.offsets, model.cross_rotary_emb), value) for key, value in pairs]
         keys, values = zip(*pairs, strict=True)
         return ProjectedContext(tuple(keys), tuple(values), rows, None)
 
@@ -116,7 +119,7 @@ def encode_packed(model: XCLlamaModel, batch: Batch) -> Tensor:
     """States `[num_tokens, width]` of the passages of a batch, with a gradient where the encoder is trained."""
     spans = list(zip(batch.offsets[:-1], batch.offsets[1:], strict=True))
     ids, mask = pad_right([batch.context_ids[start:end] for start, end in spans])
-    states = model._encode_batch(ids, mask)
+    states = model.encode_batch(ids, mask)
     return torch.cat([states[row, : end - start] for row, (start, end) in enumerate(spans)])
 
 

@@ -10,11 +10,12 @@ _INSIDE = re.compile(r"(?<=[\w,;:] )([A-Z][a-z]{2,})\b")
 _NUMBER = re.compile(r"\d{2,}")
 # capitalized words that are no names, and those whose meaning the rest of a sentence relies on
 _KEPT = set(
-    "The This That These Those There Then They Their When Where While What Which Who Whose Why How His Her Its Our She "
-    "You Your And But For From With Without Into After Before During Between Because Although However Also Some Many "
-    "Most Such Each Every Both One Two Three Four Five Six Seven Eight Nine Ten First Second Third Not Yes Did Does Was "
-    "Were Are Has Have Had Can Could May Might Will Would Should Must January February March April June July August "
-    "September October November December Monday Tuesday Wednesday Thursday Friday Saturday Sunday Fill Complete".split()
+    "The This That These Those There Then They Their When Where While What Which Who Whose Why How His Her Its "
+    "Our She You Your And But For From With Without Into After Before During Between Because Although However "
+    "Also Some Many Most Such Each Every Both One Two Three Four Five Six Seven Eight Nine Ten First Second Third "
+    "Not Yes Did Does Was Were Are Has Have Had Can Could May Might Will Would Should Must January February March "
+    "April June July August September October November December Monday Tuesday Wednesday Thursday Friday Saturday "
+    "Sunday Fill Complete".split()
 )
 _ONSETS = "b br c ch d dr f fl g gr h j k kr l m n p pr r s sh st t th tr v w z".split() + [""]
 _VOWELS = "a e i o u a e i o ai ea ee ie oa ou".split()

@@ -77,7 +77,7 @@ def _encode(model: XCLlamaForCausalLM, passages: list[list[int]]) -> ContextCach
     states: dict[int, Tensor] = {}
     for batch in batches_by_length(list(map(len, passages))):
         ids, mask = pad_right([torch.tensor(passages[index], device=device) for index in batch])
-        for index, encoded in zip(batch, core._encode_batch(ids, mask), strict=True):
+        for index, encoded in zip(batch, core.encode_batch(ids, mask), strict=True):
             states[index] = encoded[: len(passages[index])].cpu()
     offsets = tuple(accumulate(map(len, passages), initial=0))
     token_ids = torch.tensor([token for ids in passages for token in ids], dtype=torch.int32)
