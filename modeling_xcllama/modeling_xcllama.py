@@ -21,6 +21,7 @@ from transformers.utils import can_return_tuple, logging
 from .configuration_xcllama import XCLlamaConfig
 from .context_cache import ContextCache, ProjectedContext
 from .context_encoding import weights_digest
+from .context_repository import context_files
 from .cross_attention import log_implementation
 from .decoder_xcllama import XCLlamaModel, XCLlamaPreTrainedModel, bare_encoder
 from .generation_xcllama import ContextGenerationMixin
@@ -106,14 +107,20 @@ class XCLlamaForCausalLM(ContextGenerationMixin, XCLlamaPreTrainedModel, LlamaFo
         """See `XCLlamaModel.project_context`."""
         return self.model.project_context(cache)
 
-    def load_context(self, path: str | Path) -> ContextCache:
-        """Map a cache from a file and check that this model can read it.
+    def load_context(self, path: str | Path, revision: str | None = None) -> ContextCache:
+        """Map a cache and check that this model can read it.
+
+        Args:
+            path: a cache file, the folder of a snapshot, or the Hub id of a published corpus.
+            revision: branch, tag or commit of a Hub id.
 
         Raises:
             ValueError: a damaged file, or a cache of another model, template, layout or width.
         """
-        cache = ContextCache.load(path)
-        self.model.check_cache(cache)
+        caches = [ContextCache.load(file) for file in context_files(path, revision)]
+        for cache in caches:
+            self.model.check_cache(cache)
+        cache = caches[0] if len(caches) == 1 else ContextCache.concat(caches)
         return cache
 
     def added_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:

@@ -11,10 +11,10 @@ import re
 import sys
 from pathlib import Path
 
-import torch
 from transformers import BertConfig
 
-from modeling_xcllama import ContextCache, XCLlamaConfig
+from model_cards.costs import cache_bytes, key_value_bytes
+from modeling_xcllama import XCLlamaConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 # shapes of the published configs: layers, query heads, key/value heads, head size, hidden size
@@ -37,22 +37,6 @@ def decoder_config(name: str, **fields) -> XCLlamaConfig:
         hidden_size=hidden,
         **fields,
     )
-
-
-def cache_bytes(config: XCLlamaConfig, dtype: str = "bfloat16") -> float:
-    """Bytes a token of a cache of this model, measured on one: scales included."""
-    shape = (1, config.cross_attention_num_key_value_heads, config.cross_attention_head_dim)
-    if config.context_layout == "condensed":
-        states = {name: torch.zeros(shape, dtype=torch.bfloat16) for name in ("key", "value")}
-    else:
-        states = {"hidden": torch.zeros(1, config.context_width, dtype=torch.bfloat16)}
-    cache = ContextCache(states, (0, 1), torch.zeros(1, dtype=torch.int32), "")
-    return (cache if dtype == "bfloat16" else cache.quantize(dtype)).bytes_per_token
-
-
-def key_value_bytes(config: XCLlamaConfig) -> int:
-    """Bytes a token of the decoder's own KV cache in 16 bit."""
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 2
 
 
 def bytes_table() -> str:

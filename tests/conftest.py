@@ -2,7 +2,7 @@
 
 import os
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -51,9 +51,9 @@ VARIANTS = {
 }
 
 
-def tiny_llama(**fields) -> LlamaForCausalLM:
+def tiny_llama(seed: int = 0, **fields) -> LlamaForCausalLM:
     """A random Llama of 4 layers, float32, in eval mode."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     return LlamaForCausalLM(LlamaConfig(**(TINY | fields))).eval()
 
 
@@ -68,6 +68,42 @@ def sharpen(model: XCLlamaForCausalLM) -> XCLlamaForCausalLM:
                 weight.fill_(1.0)
     model.model.context_fingerprint()
     return model
+
+
+def scale(weights: Iterable[torch.nn.Parameter], factor: float) -> None:
+    """Multiply the matrices among `weights`."""
+    with torch.no_grad():
+        for weight in weights:
+            if weight.dim() > 1:
+                weight.mul_(factor)
+
+
+@pytest.fixture(scope="session")
+def make_sharp_llama() -> Callable[..., LlamaForCausalLM]:
+    """A `tiny_llama` whose every token changes what it writes, without an end token."""
+
+    def make(seed: int = 0, **fields) -> LlamaForCausalLM:
+        base = tiny_llama(seed, **({"max_position_embeddings": 512, "eos_token_id": None} | fields))
+        scale(base.parameters(), 5)
+        return base
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_sharp_model(make_sharp_llama) -> Callable[..., XCLlamaForCausalLM]:
+    """A random XC model, ungated, whose every token and every context changes what it writes."""
+
+    def make(base: LlamaForCausalLM | None = None, seed: int = 0, **fields) -> XCLlamaForCausalLM:
+        base = base or make_sharp_llama(seed)
+        torch.manual_seed(seed)
+        fields = {"cross_attention_layers": [1, 3], "cross_attention_gate": None} | fields
+        model = XCLlamaForCausalLM.from_decoder(base, init="random", **fields)
+        scale((weight for _, weight in model.added_parameters()), 20)
+        model.model.context_fingerprint()
+        return model
+
+    return make
 
 
 @pytest.fixture

@@ -2,56 +2,16 @@
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
-
-from modeling_xcllama import XCLlamaForCausalLM
-
-
-def build_base(seed: int = 0, hidden_size: int = 32) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=97,
-        hidden_size=hidden_size,
-        intermediate_size=48,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        bos_token_id=1,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    return sharpen(LlamaForCausalLM(config).eval())
-
-
-def sharpen(model):
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if weight.dim() > 1:
-                weight.mul_(20 if "cross" in name or "context" in name else 5)
-    return model
-
-
-def build_model(base: LlamaForCausalLM, seed: int = 0, **fields) -> XCLlamaForCausalLM:
-    torch.manual_seed(seed)
-    model = XCLlamaForCausalLM.from_decoder(
-        base, init="random", cross_attention_gate=None, **({"cross_attention_layers": [1, 3]} | fields)
-    )
-    with torch.no_grad():
-        for _, weight in model.added_parameters():
-            if weight.dim() > 1:
-                weight.mul_(20)
-    return model.eval()
 
 
 @pytest.fixture(scope="module")
-def base():
-    return build_base()
+def base(make_sharp_llama):
+    return make_sharp_llama()
 
 
 @pytest.fixture(scope="module")
-def model(base):
-    return build_model(base)
+def model(base, make_sharp_model):
+    return make_sharp_model(base)
 
 
 @pytest.fixture(scope="module")
@@ -100,15 +60,15 @@ def check(model, draft, prompt, cache, **options):
     return drafts.calls, targets.calls
 
 
-def test_a_plain_draft_reads_no_context(model, prompt, context_ids):
-    draft = build_base(seed=1, hidden_size=16)
+def test_a_plain_draft_reads_no_context(model, prompt, context_ids, make_sharp_llama):
+    draft = make_sharp_llama(seed=1, hidden_size=16)
     drafted, _ = check(model, draft, prompt, model.encode_context(context_ids))
     assert all("context_cache" not in call for call in drafted)
 
 
-def test_an_xc_draft_reads_the_same_cache_with_its_own_projections(base, model, prompt, context_ids):
+def test_an_xc_draft_reads_the_same_cache_with_its_own_projections(base, model, prompt, context_ids, make_sharp_model):
     # same decoder and context layer, so the same cache; fewer cross-attention blocks with other weights
-    draft = build_model(base, seed=5, cross_attention_layers=[3])
+    draft = make_sharp_model(base, seed=5, cross_attention_layers=[3])
     cache = model.encode_context(context_ids)
     drafted, _ = check(model, draft, prompt, cache)
     for call in drafted:
@@ -116,16 +76,18 @@ def test_an_xc_draft_reads_the_same_cache_with_its_own_projections(base, model, 
         assert len(call["context_cache"].keys) == 1
 
 
-def test_an_xc_draft_of_another_size_reads_its_own_cache(model, prompt, context_ids):
-    draft = build_model(build_base(seed=2, hidden_size=16), seed=6)
+def test_an_xc_draft_of_another_size_reads_its_own_cache(
+    model, prompt, context_ids, make_sharp_model, make_sharp_llama
+):
+    draft = make_sharp_model(make_sharp_llama(seed=2, hidden_size=16), seed=6)
     cache, own = model.encode_context(context_ids), draft.encode_context(context_ids)
     drafted, targets = check(model, draft, prompt, cache, assistant_context_cache=own)
     assert all(call["context_cache"].cache is own for call in drafted)
     assert all(call["context_cache"].cache is cache for call in targets)
 
 
-def test_the_draft_projects_once(base, model, prompt, context_ids, monkeypatch):
-    draft = build_model(base, seed=5)
+def test_the_draft_projects_once(base, model, prompt, context_ids, monkeypatch, make_sharp_model):
+    draft = make_sharp_model(base, seed=5)
     cache, projected = model.encode_context(context_ids), []
     for one in (model, draft):
         original = one.model.project_context
@@ -137,9 +99,9 @@ def test_the_draft_projects_once(base, model, prompt, context_ids, monkeypatch):
     assert len(projected) == 2
 
 
-def test_a_good_draft_saves_steps(base, model, prompt, context_ids):
+def test_a_good_draft_saves_steps(base, model, prompt, context_ids, make_sharp_model):
     """The model as its own draft: every candidate is accepted."""
-    draft = build_model(base)
+    draft = make_sharp_model(base)
     draft.generation_config.num_assistant_tokens = 4
     draft.generation_config.num_assistant_tokens_schedule = "constant"
     draft.generation_config.assistant_confidence_threshold = 0.0
@@ -157,19 +119,19 @@ def test_early_exit_drafts_with_the_models_own_context(model, prompt, context_id
     assert model.config.num_hidden_layers == 4
 
 
-def test_assisted_sampling_follows_the_model(base, model, prompt, context_ids):
+def test_assisted_sampling_follows_the_model(base, model, prompt, context_ids, make_sharp_model):
     """Speculative sampling keeps the model's distribution: with one token left to choose it must choose that."""
     cache = model.encode_context(context_ids)
-    draft = build_model(base, seed=5)
+    draft = make_sharp_model(base, seed=5)
     got = model.generate(
         prompt, context_cache=cache, assistant_model=draft, max_new_tokens=20, do_sample=True, top_k=1
     )
     assert torch.equal(got, plain_loop(model, prompt, cache, 20))
 
 
-def test_clear_errors(model, base, prompt, context_ids):
+def test_clear_errors(model, base, prompt, context_ids, make_sharp_model, make_sharp_llama):
     cache = model.encode_context(context_ids)
-    other = build_model(build_base(seed=2, hidden_size=16), seed=6)
+    other = make_sharp_model(make_sharp_llama(seed=2, hidden_size=16), seed=6)
     with pytest.raises(ValueError, match="assistant_context_cache=assistant_model.encode_context"):
         model.generate(prompt, context_cache=cache, assistant_model=other, max_new_tokens=4)
     with pytest.raises(ValueError, match="needs an XC model"):

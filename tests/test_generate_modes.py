@@ -6,14 +6,10 @@ from transformers import (
     CompileConfig,
     DynamicCache,
     GenerationConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
     LogitsProcessor,
     LogitsProcessorList,
     TextStreamer,
 )
-
-from modeling_xcllama import XCLlamaForCausalLM
 
 NEW_TOKENS = 9
 LAYOUTS = {
@@ -23,40 +19,14 @@ LAYOUTS = {
 }
 
 
-def build_model(seed: int = 0, **fields) -> XCLlamaForCausalLM:
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=97,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        bos_token_id=1,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    base = LlamaForCausalLM(config).eval()
-    model = XCLlamaForCausalLM.from_decoder(
-        base, init="random", cross_attention_gate=None, **({"cross_attention_layers": [1, 3]} | fields)
-    )
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            # weights so large that every token, and every context, changes what is written
-            if weight.dim() > 1:
-                weight.mul_(20 if "cross" in name or "context" in name else 5)
-    return model.eval()
-
-
 @pytest.fixture(scope="module", params=list(LAYOUTS))
-def model(request):
-    return build_model(**LAYOUTS[request.param])
+def model(request, make_sharp_model):
+    return make_sharp_model(**LAYOUTS[request.param])
 
 
 @pytest.fixture(scope="module")
-def plain():
-    return build_model()
+def plain(make_sharp_model):
+    return make_sharp_model()
 
 
 def contexts(model):

@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, pipeline
+from transformers import PreTrainedTokenizerFast, pipeline
 
-from modeling_xcllama import ContextQuestionAnsweringPipeline, XCLlamaForCausalLM, XCLlamaProcessor, find_evidence
+from modeling_xcllama import ContextQuestionAnsweringPipeline, XCLlamaProcessor, find_evidence
 
 WORDS = (
     "Question Answer : the a capital of is France Italy Paris Rome what where who river Seine Tiber . ? and".split()
@@ -33,27 +33,9 @@ def processor():
 
 
 @pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=97,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
-    model = XCLlamaForCausalLM.from_decoder(
-        LlamaForCausalLM(config).eval(), init="random", cross_attention_gate=None, cross_attention_layers=[1, 3]
-    )
+def model(make_sharp_model, make_sharp_llama):
+    model = make_sharp_model(make_sharp_llama(eos_token_id=2))
     with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if weight.dim() > 1:
-                weight.mul_(20 if "cross" in name or "context" in name else 5)
         # only words of the vocabulary are written
         model.lm_head.weight[len(WORDS) + 4 :] = 0
     return model.eval()

@@ -9,41 +9,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from modeling_xcllama import ContextCache, XCLlamaForCausalLM
 
 
-def build_model(seed: int = 0, **fields) -> XCLlamaForCausalLM:
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=97,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        bos_token_id=1,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    model = XCLlamaForCausalLM.from_decoder(
-        LlamaForCausalLM(config).eval(),
-        init="random",
-        cross_attention_gate=None,
-        **({"cross_attention_layers": [1, 3]} | fields),
-    )
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if weight.dim() > 1:
-                weight.mul_(20 if "cross" in name or "context" in name else 5)
-    return model.eval()
+@pytest.fixture(scope="module")
+def model(make_sharp_model):
+    return make_sharp_model()
 
 
 @pytest.fixture(scope="module")
-def model():
-    return build_model()
-
-
-@pytest.fixture(scope="module")
-def condensed():
-    return build_model(cross_attention_share_key_value=True)
+def condensed(make_sharp_model):
+    return make_sharp_model(cross_attention_share_key_value=True)
 
 
 def random_ids(*shape, seed=1):
@@ -152,9 +125,9 @@ def test_joined_documents_have_no_order(model, condensed, data, lengths):
         torch.testing.assert_close(first, second, atol=2e-4, rtol=2e-4)
 
 
-def test_with_rope_the_order_counts():
+def test_with_rope_the_order_counts(make_sharp_model):
     """The property above could fail: with RoPE it does."""
-    model = build_model(cross_attention_rope=True)
+    model = make_sharp_model(cross_attention_rope=True)
     cache = model.encode_context(random_ids(2, 19))
     question = random_ids(1, 4, seed=9)
     with torch.no_grad():

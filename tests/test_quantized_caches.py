@@ -4,11 +4,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import modeling_xcllama.context_projection as context_projection
 import modeling_xcllama.cross_attention as cross_attention
-from modeling_xcllama import ContextCache, XCLlamaForCausalLM
+from modeling_xcllama import ContextCache
 from modeling_xcllama.quantized_tensor import QuantizedTensor, quantize
 
 LAYOUTS = {
@@ -19,30 +18,9 @@ LAYOUTS = {
 }
 
 
-def build_model(**fields) -> XCLlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=97,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        pad_token_id=0,
-    )
-    fields = {"cross_attention_layers": [1, 3], "cross_attention_gate": None} | fields
-    model = XCLlamaForCausalLM.from_decoder(LlamaForCausalLM(config).eval(), init="random", **fields)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if weight.dim() > 1:
-                weight.mul_(20 if "cross" in name or "context" in name else 5)
-    return model.eval()
-
-
 @pytest.fixture(scope="module", params=list(LAYOUTS))
-def model(request):
-    return build_model(**LAYOUTS[request.param])
+def model(request, make_sharp_model):
+    return make_sharp_model(**LAYOUTS[request.param])
 
 
 def random_ids(*shape, seed=1):
@@ -197,8 +175,8 @@ def test_saved_loaded_concatenated_joined(model, dtype, tmp_path):
         torch.testing.assert_close(got[1:], alone, atol=2e-4, rtol=2e-4)
 
 
-def test_sixteen_bit_models_and_caches(model, tmp_path):
-    half = build_model(**{k: getattr(model.config, k) for k in ("cross_attention_share_key_value",)}).bfloat16()
+def test_sixteen_bit_models_and_caches(model, tmp_path, make_sharp_model):
+    half = make_sharp_model(**{k: getattr(model.config, k) for k in ("cross_attention_share_key_value",)}).bfloat16()
     cache = half.encode_context(random_ids(2, 19))
     assert cache.dtype == torch.bfloat16
     small = cache.quantize("int8")
@@ -209,9 +187,9 @@ def test_sixteen_bit_models_and_caches(model, tmp_path):
     assert (got - expected).norm() / expected.norm() < 0.05
 
 
-def test_auto_leaves_rotated_quantized_keys_to_sdpa(monkeypatch):
+def test_auto_leaves_rotated_quantized_keys_to_sdpa(monkeypatch, make_sharp_model):
     """The kernels cannot rotate what they dequantize: "auto" knows, an explicit choice is refused."""
-    model = build_model(**LAYOUTS["condensed_rope"])
+    model = make_sharp_model(**LAYOUTS["condensed_rope"])
     cache = model.encode_context(random_ids(1, 9))
     rotated = model.project_context(cache.quantize("int8"))
     plain = model.project_context(cache)
