@@ -17,6 +17,7 @@ PACKAGES = {
     "dataset_builders": ROOT / "dataset_builders",
     "training": ROOT / "training",
     "lm_eval_tasks": ROOT / "lm_eval_tasks",
+    "model_cards": ROOT / "model_cards",
     "space": ROOT / "space",
 }
 # which of our packages a package may import
@@ -27,6 +28,7 @@ ALLOWED = {
     "dataset_builders": set(),
     "training": {"modeling_xcllama", "dataset_builders"},
     "lm_eval_tasks": {"modeling_xcllama", "dataset_builders"},
+    "model_cards": {"modeling_xcllama", "dataset_builders", "context_store"},
     "space": set(),
 }
 # what remote code and data builders may need from outside

@@ -1,0 +1,223 @@
+"""The card of a model repository, and its `.eval_results`: every figure from results/*.json, training.json or config."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_result_entries_to_yaml
+
+from dataset_builders import SOURCES
+from model_cards.costs import cache_bytes, key_value_bytes, projected_bytes
+from model_cards.rendering import render
+from modeling_xcllama import XCLlamaConfig
+
+# base models and encoders whose terms we know: licence, address of its text, what a derivative must say
+LICENCES = {
+    "HuggingFaceTB/SmolLM2-135M-Instruct": "apache-2.0",
+    "sentence-transformers/all-MiniLM-L6-v2": "apache-2.0",
+    "meta-llama/Llama-2-7b-hf": "llama2",
+    "meta-llama/Llama-2-7b-chat-hf": "llama2",
+    "meta-llama/Meta-Llama-3-8B": "llama3",
+    "meta-llama/Meta-Llama-3-8B-Instruct": "llama3",
+}
+LLAMA_TERMS = {
+    "llama2": {"notice": "Llama 2 is licensed under the LLAMA 2 Community License, Copyright (c) Meta Platforms, Inc. "
+               "All Rights Reserved.", "link": "https://ai.meta.com/llama/license/"},
+    "llama3": {"notice": "Built with Meta Llama 3. Meta Llama 3 is licensed under the Meta Llama 3 Community License, "
+               "Copyright (c) Meta Platforms, Inc. All Rights Reserved.", "link": "https://llama.meta.com/llama3/license/"},
+}  # fmt: skip
+METRICS = {"f1": "token F1", "exact_match": "exact match"}
+TAGS = ["xcllama", "cross-attention", "context-cache", "question-answering"]
+
+
+def read_result(results: Path, name: str) -> dict[str, Any] | None:
+    """results/NAME.json; None where it was not measured: its section is then left out."""
+    path = results / f"{name}.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def base_licence(base: str) -> str:
+    """The licence of a base model or encoder.
+
+    Raises:
+        ValueError: one that is not in `LICENCES`.
+    """
+    if base not in LICENCES:
+        raise ValueError(f"the licence of {base} is not known; add it to LICENCES in model_cards/model_card.py.")
+    return LICENCES[base]
+
+
+def licence_fields(config: XCLlamaConfig, sources: list[str]) -> dict[str, str]:
+    """`license` and, where it is no standard one, its name: the base's, or non-commercial where a source is."""
+    licence = base_licence(config.base_model_name_or_path)
+    if config.encoder_name_or_path is not None:
+        base_licence(config.encoder_name_or_path)
+    if any(not SOURCES[name].commercial for name in sources if name in SOURCES):
+        return {"license": "other", "license_name": "trained-on-non-commercial-data"}
+    return {"license": licence}
+
+
+def own_runs(evaluation: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """The runs of the model as it is published: reading its own cache, in the model's dtype."""
+    runs = [] if evaluation is None else evaluation["runs"]
+    return [run for run in runs if run["mode"] == "cross" and "int" not in run["method"].rpartition("/")[2]]
+
+
+def hub_dataset(task: str) -> str:
+    """The Hub id of the data set behind an evaluation task (`xc_<source>`)."""
+    source = task.removeprefix("xc_")
+    return SOURCES[source].hub_id or source if source in SOURCES else source
+
+
+def eval_results(evaluation: dict[str, Any] | None) -> list[EvalResult]:
+    """The model-index entries of the published model."""
+    return [
+        EvalResult(
+            task_type="question-answering",
+            dataset_type=hub_dataset(run["task"]),
+            dataset_name=run["task"],
+            metric_type=metric,
+            metric_name=f"{METRICS[metric]} ({run['quality'][metric]['documents']} questions)",
+            metric_value=run["quality"][metric]["value"],
+        )
+        for run in own_runs(evaluation)
+        for metric in METRICS
+        if metric in run["quality"]
+    ]
+
+
+def eval_results_yaml(evaluation: dict[str, Any]) -> str:
+    """The content of `.eval_results/xcllama.yaml`; '' where the published model itself was not measured."""
+    entries = [
+        EvalResultEntry(
+            dataset_id=hub_dataset(run["task"]),
+            task_id=run["task"],
+            value=run["quality"]["f1"]["value"],
+            date=run["origin"]["date"],
+            notes=f"token F1, {run['method']}, {run['quality']['f1']['documents']} questions, "
+            f"95 % interval {run['quality']['f1']['interval']}",
+        )
+        for run in own_runs(evaluation)
+        if "f1" in run["quality"]
+    ]
+    return yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False) if entries else ""
+
+
+def header(name: str, config: XCLlamaConfig, terms: dict[str, str], sources: list[str], evaluation=None) -> str:
+    """The YAML header, without its fences."""
+    bases = [config.base_model_name_or_path, config.encoder_name_or_path]
+    datasets = sorted({SOURCES[source].hub_id for source in sources if source in SOURCES} - {""})
+    fields = {
+        "base_model": [base for base in bases if base is not None],
+        "base_model_relation": "finetune",
+        "base_model_digest": config.base_model_digest,
+        "datasets": datasets or None,
+        "eval_results": eval_results(evaluation) or None,
+        "language": ["en"],
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": TAGS,
+    }
+    if fields["eval_results"]:
+        fields |= {"model_name": name, "metrics": sorted(METRICS)}
+    return ModelCardData(**fields, **terms).to_yaml()
+
+
+def token_costs(config: XCLlamaConfig) -> dict[str, Any]:
+    """Bytes a context token: in files of each dtype, resident once projected, in the decoder's KV cache."""
+    files = {dtype: cache_bytes(config, dtype) for dtype in ("bfloat16", "int8", "int4")}
+    return {"file": files, "projected": projected_bytes(config), "key_value": key_value_bytes(config)}
+
+
+def training_values(name: str, folder: Path, results: Path) -> dict[str, Any]:
+    """What the training section of a checkpoint's card says.
+
+    Raises:
+        ValueError: the folder lacks training.json or recipe.yaml.
+    """
+    for file in ("training.json", "recipe.yaml"):
+        if not (folder / file).is_file():
+            raise ValueError(
+                f"{folder} has no {file}, from which its card is filled; export it with scripts/train.py."
+            )
+    trained = json.loads((folder / "training.json").read_text())
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    tasks = {task: weight for task, weight in recipe["data"]["tasks"].items() if weight}
+    named = [SOURCES[source] for source in trained["sources"] if source in SOURCES]
+    return {
+        "trained": trained,
+        "recipe": recipe,
+        "tasks": tasks,
+        "sources": named,
+        "other_sources": [source for source in trained["sources"] if source not in SOURCES],
+        "restricted": [source.name for source in named if not source.commercial],
+        "hours": sum(stage["seconds"] for stage in trained["stages"]) / 3600,
+        "measured": read_result(results, f"training_{name}"),
+    }
+
+
+def demo_figures(results: Path, name: str, default: str = "xc-smollm2-135m") -> dict[str, Any] | None:
+    """results/demo.json where it was measured with this checkpoint (`default` when its command names none)."""
+    demo = read_result(results, "demo")
+    if demo is None:
+        return None
+    words = demo["provenance"]["command"].split()
+    used = Path(words[words.index("--checkpoint") + 1]).name if "--checkpoint" in words else default
+    return demo if used == name else None
+
+
+def checkpoint_card(name: str, folder: Path, config: XCLlamaConfig, results: Path, repo_id: str) -> str:
+    """The card of the merged model of a folder of checkpoints/.
+
+    Args:
+        config: of the merged model.
+        results: the folder results/; what was not measured has no section.
+
+    Raises:
+        ValueError: an empty slot, or a base whose licence is not known.
+    """
+    training = training_values(name, folder, results)
+    evaluation = read_result(results, f"eval_{name}")
+    sources = training["trained"]["sources"]
+    terms = licence_fields(config, sources)
+    runs = [] if evaluation is None else evaluation["runs"]
+    values = training | {
+        "name": name,
+        "repo_id": repo_id,
+        "header": header(name, config, terms, sources, evaluation),
+        "config": config,
+        "base_licence": base_licence(config.base_model_name_or_path),
+        "evaluation": evaluation,
+        "runs": sorted(runs, key=lambda run: (run["task"], -run["quality"]["f1"]["value"])),
+        "costs": token_costs(config),
+        "demo": demo_figures(results, name),
+    }
+    return render("model_card.md.jinja", values)
+
+
+def conversion_card(name: str, config: XCLlamaConfig, repo_id: str, original: str) -> str:
+    """The card of a checkpoint of the original code, converted (`scripts/convert_checkpoint.py`).
+
+    Args:
+        original: where the original checkpoint came from.
+
+    Raises:
+        ValueError: a base that is no Llama with known terms, or an empty slot.
+    """
+    licence = base_licence(config.base_model_name_or_path)
+    if licence not in LLAMA_TERMS:
+        raise ValueError(f"{config.base_model_name_or_path} is no Llama 2 or 3; conversions of it have no card.")
+    # the licence asks that the name of a derivative begins so
+    if licence == "llama3" and not repo_id.rpartition("/")[2].startswith("Llama-3"):
+        raise ValueError(f"the Llama 3 licence asks for a name that begins with 'Llama-3', got {repo_id!r}.")
+    values = {
+        "name": name,
+        "repo_id": repo_id,
+        "header": header(name, config, {"license": licence}, []),
+        "config": config,
+        "original": original,
+        "terms": LLAMA_TERMS[licence],
+        "costs": token_costs(config),
+    }
+    return render("conversion_card.md.jinja", values)
