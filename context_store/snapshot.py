@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from .catalogue import Catalogue
 from .manifest import MANIFEST_NAME, Folder, Manifest, ShardEntry, sha256_of, write_part
-from .shards import DamagedShardError, MappedShard, cache_of_parts, gather, offsets_of, write_shard
+from .shards import DamagedShardError, MappedShard, offsets_of, slices, write_shard
 
 CARD_TEMPLATE = Path(__file__).resolve().parents[1] / "model_cards" / "context_card.md.jinja"
 SNAPSHOT_QUERY = (
@@ -18,14 +18,15 @@ SNAPSHOT_QUERY = (
 FIELDS = ("id", "text", "metadata", "content_hash", "start", "tokens", "nbytes", "checksum")
 
 
-def write_card(folder: Folder, manifest: Manifest, title: str, license_id: str) -> None:
-    """Write the snapshot's README.md."""
+def write_card(folder: Folder, manifest: Manifest, title: str, license_id: str, repo_id: str | None = None) -> None:
+    """Write the snapshot's README.md; `repo_id`: where on the Hub it will be published from this folder."""
     from jinja2 import StrictUndefined, Template
 
     values = {
         "title": title,
         "license": license_id,
-        "url": folder.url,
+        "url": folder.url if repo_id is None else f"hf://datasets/{repo_id}",
+        "repo_id": repo_id or folder.url.removeprefix("hf://datasets/"),
         "nbytes": manifest.nbytes,
         "num_shards": len(manifest.shards),
         "bytes_per_token": round(manifest.nbytes / max(manifest.tokens, 1), 1),
@@ -108,10 +109,9 @@ def _live_part(path: Path, entry: tuple, rows: list[dict], catalogue: Catalogue,
         return path
     offsets = offsets_of(row["tokens"] for row in rows)
     spans = [(shard, row["start"], row["tokens"]) for row in rows]
-    cache = cache_of_parts(gather(spans), offsets, catalogue.meta["fingerprint"])
     for row, start in zip(rows, offsets, strict=False):
         row["start"] = start
-    write_shard(scratch / path.name, cache)
+    write_shard(scratch / path.name, slices(spans), catalogue.meta["fingerprint"])
     return scratch / path.name
 
 

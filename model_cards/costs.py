@@ -22,7 +22,7 @@ def key_value_bytes(config: XCLlamaConfig) -> int:
 
 
 def projected_bytes(config: XCLlamaConfig) -> int:
-    """Bytes a token of the keys and values that a hidden cache becomes in memory, in 16 bit; 0: condensed, read as is."""
+    """Bytes a token of the keys and values that a hidden cache becomes in memory, in 16 bit; 0: condensed."""
     if config.context_layout == "condensed":
         return 0
     projections = 1 if config.cross_attention_share_weights else len(config.cross_attention_layers)

