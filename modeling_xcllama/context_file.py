@@ -24,6 +24,8 @@ FORMAT_VERSION = 1
 FLOAT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 QUANTIZED_BITS = {"int8": 8, "int4": 4}
 LAYOUTS = {"hidden": ("hidden",), "condensed": ("key", "value")}
+# reads of a file that is replaced again and again
+MAX_READS = 100
 HEADER_FIELDS = ("format_version", "layout", "dtype", "fingerprint")
 
 
@@ -44,11 +46,11 @@ def read_file(path: Path, verify: bool) -> tuple[dict[str, str], dict[str, Tenso
     """Header and mapped tensors of a file.
 
     Raises:
-        ValueError: no context cache, of a newer format, truncated or altered.
+        ValueError: no context cache, of a newer format, truncated or altered, or replaced during every read.
         FileNotFoundError: no such file.
     """
     # header and tensors are opened one after the other: a file that is replaced in between is read again
-    while True:
+    for _ in range(MAX_READS):
         before = _identity(path)
         try:
             header, tensors = _read_once(path, verify)
@@ -58,6 +60,9 @@ def read_file(path: Path, verify: bool) -> tuple[dict[str, str], dict[str, Tenso
             continue
         if _identity(path) == before:
             return header, tensors
+    raise ValueError(
+        f"{path} was replaced during each of {MAX_READS} reads; load it when its writer is done, or from a copy."
+    )
 
 
 def _identity(path: Path) -> tuple[int, int, int]:

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from modeling_xcllama import ContextCache
+from modeling_xcllama import ContextCache, context_file
 
 FINGERPRINT = "f" * 64
 SHAPES = {"hidden": {"hidden": (9, 64)}, "condensed": {"key": (9, 2, 64), "value": (9, 2, 64)}}
@@ -312,6 +312,27 @@ def test_reader_while_the_file_is_replaced(tmp_path):
     assert seen
     assert torch.equal(first.states["hidden"], caches[0].states["hidden"])
     assert [file.name for file in tmp_path.iterdir()] == ["cache"]
+
+
+def test_a_file_that_is_replaced_during_every_read(tmp_path, monkeypatch):
+    """Whether the read itself fails or not, it ends after a bounded number of turns."""
+    path = tmp_path / "cache"
+    build_cache().save(path)
+    read_once, reads = context_file._read_once, []
+
+    def read_while_replaced(*arguments):
+        result = read_once(*arguments)
+        reads.append(result)
+        build_cache(seed=len(reads) % 2).save(path)
+        if len(reads) % 2:
+            raise ValueError("truncated")
+        return result
+
+    monkeypatch.setattr(context_file, "_read_once", read_while_replaced)
+    monkeypatch.setattr(context_file, "MAX_READS", 7)
+    with pytest.raises(ValueError, match="was replaced during each of 7 reads; load it when its writer is done"):
+        ContextCache.load(path)
+    assert len(reads) == 7
 
 
 def test_concurrent_readers_share_one_mapping(tmp_path):

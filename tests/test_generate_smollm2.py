@@ -4,7 +4,6 @@ import pytest
 import torch
 from transformers import AutoTokenizer, CompileConfig
 
-from dataset_builders.wheels import cache_folder
 from modeling_xcllama import XCLlamaForCausalLM, XCLlamaProcessor
 
 pytestmark = pytest.mark.slow
@@ -18,12 +17,9 @@ QUESTIONS = ["How large is the basin?", "In which country is the region that the
 
 
 @pytest.fixture(scope="module")
-def model():
-    folder = cache_folder() / "models" / "SmolLM2-135M-Instruct"
-    if not folder.is_dir():
-        pytest.skip("SmolLM2 is not there; run scripts/fetch_models.py")
+def model(smollm2_folder):
     model = XCLlamaForCausalLM.from_decoder(
-        folder, dtype=torch.float32, context_layer=15, cross_attention_layers=[14, 16, 18, 20, 22, 24, 26, 28]
+        smollm2_folder, dtype=torch.float32, context_layer=15, cross_attention_layers=[14, 16, 18, 20, 22, 24, 26, 28]
     )
     return model.eval()
 

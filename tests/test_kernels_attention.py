@@ -13,7 +13,7 @@ from hypothesis import strategies as st  # noqa: E402
 from xcllama_kernels import cross_attention, cross_attention_with_lse  # noqa: E402
 from xcllama_kernels.cases import Case, random_case, relative_error  # noqa: E402
 from xcllama_kernels.decode import plan_decode, rows_a_tile  # noqa: E402
-from xcllama_kernels.launch import INTERPRETED, Config, launch_counts  # noqa: E402
+from xcllama_kernels.launch import INTERPRETED, Config, Quantization, launch_counts  # noqa: E402
 from xcllama_kernels.reference import cross_attention_reference  # noqa: E402
 
 if not INTERPRETED:
@@ -94,9 +94,8 @@ def test_decode_splits_are_combined(num_splits, bits):
     case = random_case([300, 0, 1, 64], [0, 1, 2, 3, 0], 2, 4, 2, 32, torch.float32, bits)
     output = torch.empty_like(case.query)
     lse = torch.empty(5, 4, 2)
-    scales = tuple(case.quantization.get(name) for name in ("key_scale", "key_zero", "value_scale", "value_zero"))
     launches = plan_decode(
-        case.query, case.key, case.value, scales, case.offsets, case.context_index, output, lse, 32**-0.5,
+        *case.arguments[:3], Quantization(**case.quantization), *case.arguments[3:], output, lse, 32**-0.5,
         num_splits=num_splits, config=Config(16, 32, 4, 2),
     )  # fmt: skip
     assert len(launches) == (1 if num_splits == 1 else 2)

@@ -10,7 +10,7 @@ from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from xcllama_kernels import cross_attention, cross_attention_with_lse, project_quantized, quantize_int8  # noqa: E402
 from xcllama_kernels.cases import Case, random_case, relative_error  # noqa: E402
-from xcllama_kernels.launch import INTERPRETED, launch_counts  # noqa: E402
+from xcllama_kernels.launch import INTERPRETED, Quantization, launch_counts  # noqa: E402
 from xcllama_kernels.ops import cross_attention_op, project_quantized_op  # noqa: E402
 from xcllama_kernels.reference import cross_attention_reference  # noqa: E402
 
@@ -140,11 +140,10 @@ def test_any_shape(lengths, query_len, heads, head_dim, data):
 @pytest.mark.parametrize("bits", [0, 8], ids=["plain", "int8"])
 def test_opcheck_attention(bits):
     case = random_case([20, 0, 5], [0, 1, 2, 0], 2, 2, 1, 16, bits=bits)
-    scales = [case.quantization.get(name) for name in ("key_scale", "key_zero", "value_scale", "value_zero")]
     leaves = [case.query, case.key, case.value]
     if bits == 0:
         leaves = [leaf.requires_grad_() for leaf in leaves]
-    torch.library.opcheck(cross_attention_op, (*leaves, *case.arguments[3:], 0.25, *scales))
+    torch.library.opcheck(cross_attention_op, (*leaves, *case.arguments[3:], 0.25, *Quantization(**case.quantization)))
 
 
 def test_opcheck_projection():

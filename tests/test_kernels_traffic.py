@@ -14,7 +14,7 @@ from xcllama_kernels.backward import plan_backward  # noqa: E402
 from xcllama_kernels.cases import random_case  # noqa: E402
 from xcllama_kernels.decode import plan_decode  # noqa: E402
 from xcllama_kernels.forward import plan_forward  # noqa: E402
-from xcllama_kernels.launch import INTERPRETED  # noqa: E402
+from xcllama_kernels.launch import INTERPRETED, Quantization  # noqa: E402
 from xcllama_kernels.project import plan_projection  # noqa: E402
 from xcllama_kernels.reference import quantize_int4, quantize_int8  # noqa: E402
 
@@ -42,12 +42,9 @@ def prepare(shape, bits):
         [shape.context_len] * shape.contexts, [row % shape.contexts for row in range(shape.batch)], shape.query_len,
         shape.num_heads, shape.num_kv_heads, shape.head_dim, torch.float16, bits,
     )  # fmt: skip
-    quantization = tuple(
-        case.quantization.get(name) for name in ("key_scale", "key_zero", "value_scale", "value_zero")
-    )
     output = torch.empty_like(case.query)
     lse = torch.empty(shape.batch, shape.num_heads, shape.query_len)
-    return case, quantization, output, lse
+    return case, Quantization(**case.quantization), output, lse
 
 
 def measure(launches) -> int:

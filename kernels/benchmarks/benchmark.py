@@ -24,7 +24,7 @@ from xcllama_kernels.cases import Case, random_case, relative_error
 from xcllama_kernels.configs import decode_configs, decode_rows, forward_configs
 from xcllama_kernels.decode import plan_decode, rows_a_tile
 from xcllama_kernels.forward import plan_forward
-from xcllama_kernels.launch import INTERPRETED, data_format, target_of
+from xcllama_kernels.launch import INTERPRETED, Quantization, target_of
 
 # (batch, contexts, context length, query length, heads, KV heads, head size)
 SHAPES = {
@@ -142,9 +142,7 @@ def time_projection() -> dict[str, object]:
 def tune_case(kind: str, shape: Shape, bits: int) -> list[dict[str, object]]:
     """The time of each candidate configuration of decode or forward."""
     case = make_case(shape, torch.bfloat16, bits)
-    names = ("key_scale", "key_zero", "value_scale", "value_zero")
-    quantization = tuple(case.quantization.get(name) for name in names)
-    bits = data_format(*quantization[:2])
+    quantization = Quantization(**case.quantization)
     target = target_of(case.query.device)
     group = shape.num_heads // shape.num_kv_heads
     most = decode_rows(torch.bfloat16, shape.head_dim)

@@ -19,7 +19,7 @@ from xcllama_kernels import configs
 from xcllama_kernels.backward import plan_backward
 from xcllama_kernels.decode import plan_decode, rows_a_tile
 from xcllama_kernels.forward import plan_forward
-from xcllama_kernels.launch import Launch, Target
+from xcllama_kernels.launch import Launch, Quantization, Target
 from xcllama_kernels.project import plan_projection
 
 HEAD_DIMS = (64, 128, 256)
@@ -63,11 +63,12 @@ def attention_tensors(shape: Shape, dtype: torch.dtype, bits: int) -> dict[str, 
     query = meta(shape.batch, shape.query_len, shape.num_heads, shape.head_dim, dtype=dtype)
     stored = {0: dtype, 8: torch.int8, 4: torch.uint8}[bits]
     key, value = (meta(*heads, shape.head_dim // (2 if bits == 4 else 1), dtype=stored) for _ in range(2))
-    quantization = (None,) * 4
+    quantization = Quantization()
     if bits == 8:
-        quantization = (meta(*heads, dtype=torch.float16), None) * 2
+        quantization = Quantization(*(meta(*heads, dtype=torch.float16), None) * 2)
     elif bits == 4:
-        quantization = (meta(*heads, shape.head_dim // min(shape.head_dim, 64), dtype=torch.float16),) * 4
+        groups = shape.head_dim // min(shape.head_dim, 64)
+        quantization = Quantization(*(meta(*heads, groups, dtype=torch.float16),) * 4)
     return {
         "query": query, "key": key, "value": value, "quantization": quantization,
         "offsets": meta(shape.contexts + 1, dtype=torch.int32), "context_index": meta(shape.batch, dtype=torch.int32),

@@ -13,10 +13,24 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import context_gradient_configs, query_gradient_configs
-from .launch import Config, Launch, Target, block_dim, target_of
+from .launch import Config, Launch, Target, block_dim, strides, target_of
 from .tiles import context_bounds, dot, load_rows, narrow, store_rows
 
 LOG2E = tl.constexpr(math.log2(math.e))
+
+
+@triton.jit
+def channel_products(left, right):
+    """`[rows of left, rows of right]` sums over the channels, float32."""
+    if left.dtype == tl.float32 and left.shape[1] > 128:
+        # the plain units hold whole rows of both operands in a thread's registers: parts of 64 channels do not spill
+        PARTS: tl.constexpr = left.shape[1] // 64
+        left_parts = tl.permute(tl.reshape(left, [left.shape[0], PARTS, 64]), (1, 0, 2))
+        right_parts = tl.reshape(tl.trans(right), [PARTS, 64, right.shape[0]])
+        products = tl.sum(tl.dot(left_parts, right_parts, input_precision="ieee"), 0)
+    else:
+        products = dot(left, tl.trans(right), tl.zeros([left.shape[0], right.shape[0]], tl.float32))
+    return products
 
 
 @triton.jit
@@ -61,11 +75,11 @@ def query_gradient_kernel(
         inside = tokens < end
         keys = load_rows(key, tokens.to(tl.int64) * stride_key_token, inside, HEAD_DIM, BLOCK_D)
         values = load_rows(value, tokens.to(tl.int64) * stride_value_token, inside, HEAD_DIM, BLOCK_D)
-        scores = dot(states, tl.trans(keys), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
+        scores = channel_products(states, keys)
         weights = tl.exp2(scores * (scale * LOG2E) - row_lse[:, None])
         # zero keys past the end would weigh exp2(-lse), which may be infinite
         weights = tl.where(inside[None, :], weights, 0.0)
-        grad_weights = dot(grad, tl.trans(values), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
+        grad_weights = channel_products(grad, values)
         grad_scores = weights * (grad_weights - row_delta[:, None])
         result = dot(narrow(grad_scores, keys.dtype), keys, result)
     store_rows(grad_query, output_rows, narrow(result * scale, states.dtype), valid, HEAD_DIM, BLOCK_D)
@@ -173,11 +187,7 @@ def plan_backward(
     common = {
         "query": query, "key": key, "value": value, "offsets": offsets, "lse": lse, "grad_output": grad_output,
         "delta": delta, "query_len": query_len, "num_contexts": num_contexts, "num_tokens": num_tokens,
-        "scale": scale, "stride_query_batch": query.stride(0), "stride_query_token": query.stride(1),
-        "stride_query_head": query.stride(2), "stride_grad_batch": grad_output.stride(0),
-        "stride_grad_token": grad_output.stride(1), "stride_grad_head": grad_output.stride(2),
-        "stride_key_token": key.stride(0), "stride_key_head": key.stride(1),
-        "stride_value_token": value.stride(0), "stride_value_head": value.stride(1),
+        "scale": scale, **strides(query=query, grad=grad_output, key=key, value=value),
     }  # fmt: skip
 
     def constants(config: Config) -> dict[str, object]:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .launch import INTERPRETED
+from .launch import INTERPRETED, Quantization
 from .reference import int4_group
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -64,18 +64,15 @@ def check_attention_shapes(
     value: Tensor,
     offsets: Tensor,
     context_index: Tensor,
-    key_scale: Tensor | None = None,
-    key_zero: Tensor | None = None,
-    value_scale: Tensor | None = None,
-    value_zero: Tensor | None = None,
+    quantization: Quantization,
 ) -> None:
     """Shapes, dtypes and devices of `cross_attention`; reads no value, so it holds under tracing."""
     _require(query.dim() == 4, "`query` must be [batch, query_len, num_heads, head_dim]", tuple(query.shape))
     _require(query.dtype in DTYPES, "`query` must be float16, bfloat16 or float32", query.dtype)
     head_dim = query.shape[3]
     _require(16 <= head_dim <= 256 and head_dim % 8 == 0, "head_dim must be a multiple of 8 in [16, 256]", head_dim)
-    key_dim = _check_states("key", key, key_scale, key_zero, query.dtype)
-    value_dim = _check_states("value", value, value_scale, value_zero, query.dtype)
+    key_dim = _check_states("key", key, quantization.key_scale, quantization.key_zero, query.dtype)
+    value_dim = _check_states("value", value, quantization.value_scale, quantization.value_zero, query.dtype)
     _require(key_dim == head_dim, f"`key` must have the head_dim of `query` ({head_dim})", key_dim)
     _require(value_dim == head_dim, f"`value` must have the head_dim of `query` ({head_dim})", value_dim)
     _require(key.dtype == value.dtype, f"`value` must have the dtype of `key` ({key.dtype})", value.dtype)
@@ -101,8 +98,7 @@ def check_attention_shapes(
     )
     _require(context_index.dtype in INDEX_DTYPES, "`context_index` must be int32 or int64", context_index.dtype)
     tensors = {"query": query, "key": key, "value": value, "offsets": offsets, "context_index": context_index}
-    quantization = {"key_scale": key_scale, "key_zero": key_zero, "value_scale": value_scale, "value_zero": value_zero}
-    _check_device(tensors | quantization)
+    _check_device(tensors | quantization._asdict())
 
 
 def _is_new(tensor: Tensor, bound: int) -> bool:
@@ -150,13 +146,15 @@ def _check_offsets(offsets: Tensor, num_tokens: int) -> None:
     _require(last <= num_tokens, f"`offsets` must not pass the end of the tokens ({num_tokens})", last)
 
 
-def check_attention(query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, context_index: Tensor, **quantization):
-    """All rules of `cross_attention` (`quantization`: key_scale, key_zero, value_scale, value_zero).
+def check_attention(
+    query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, context_index: Tensor, quantization: Quantization
+) -> None:
+    """All rules of `cross_attention`.
 
     Raises:
         ValueError: names the rule, the value and, where there is one, the way out.
     """
-    check_attention_shapes(query, key, value, offsets, context_index, **quantization)
+    check_attention_shapes(query, key, value, offsets, context_index, quantization)
     check_attention_values(offsets, context_index, key.shape[0])
 
 

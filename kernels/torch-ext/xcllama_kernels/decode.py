@@ -14,9 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import decode_configs, decode_rows
-from .launch import Config, Launch, Target, block_dim, data_format, target_of
+from .launch import Config, Launch, Quantization, Target, block_dim, strides, target_of
 from .reference import int4_group
-from .tiles import LN2, attend, context_bounds, load_rows, log_sum, narrow, store_rows
+from .tiles import LN2, attend_context, context_bounds, log_sum, narrow, store_output
 
 
 @triton.jit
@@ -74,33 +74,18 @@ def decode_kernel(
         valid = slots < num_mates
         position = rows // GROUP % query_len
         query_head = head * GROUP + rows % GROUP
-        PART: tl.constexpr = HEAD_DIM // 2 if FORMAT == 4 else HEAD_DIM
         query_rows = mates.to(tl.int64) * stride_query_batch + position.to(tl.int64) * stride_query_token
         query_rows += query_head * stride_query_head
-        query_low = load_rows(query, query_rows, valid, PART, BLOCK_D)
-        query_high = query_low
-        if FORMAT == 4:
-            query_high = load_rows(query + PART, query_rows, valid, PART, BLOCK_D)
-        output_low = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-        row_max = tl.full([BLOCK_M], -float("inf"), tl.float32)
-        row_sum = tl.zeros([BLOCK_M], tl.float32)
-        last = tl.minimum(first + size, end)
-        output_low, output_high, row_max, row_sum = attend(
-            query_low, query_high, output_low, output_low, row_max, row_sum,
-            key + head.to(tl.int64) * stride_key_head, key_scale, key_zero,
-            value + head.to(tl.int64) * stride_value_head, value_scale, value_zero,
-            first, last, last, scale_log2, stride_key_token, stride_value_token, head, num_kv_heads,
-            HEAD_DIM, BLOCK_D, BLOCK_N, FORMAT, True, STAGES,
+        low, high, total = attend_context(
+            query, query_rows, valid, key, key_scale, key_zero, value, value_scale, value_zero,
+            first, tl.minimum(first + size, end), scale_log2,
+            stride_key_token, stride_key_head, stride_value_token, stride_value_head,
+            head, num_kv_heads, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, FORMAT, False, STAGES,
         )  # fmt: skip
-        divisor = tl.where(row_sum > 0, row_sum, 1.0)[:, None]
         num_heads = num_kv_heads * GROUP
         row = split.to(tl.int64) * batch + mates
         output_rows = ((row * query_len + position) * num_heads + query_head) * HEAD_DIM
-        dtype: tl.constexpr = tl.float32 if SPLIT else query_low.dtype
-        store_rows(output, output_rows, narrow(output_low / divisor, dtype), valid, PART, BLOCK_D)
-        if FORMAT == 4:
-            store_rows(output + PART, output_rows, narrow(output_high / divisor, dtype), valid, PART, BLOCK_D)
-        total = log_sum(row_max, row_sum)
+        store_output(output, output_rows, low, high, valid, HEAD_DIM, BLOCK_D, FORMAT)
         # partial sums stay in base 2 for the combine kernel
         total = total if SPLIT else total * LN2
         tl.store(lse + (row * num_heads + query_head) * query_len + position, total, mask=valid)
@@ -169,7 +154,7 @@ def plan_decode(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    quantization: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
+    quantization: Quantization,
     offsets: Tensor,
     context_index: Tensor,
     output: Tensor,
@@ -184,8 +169,7 @@ def plan_decode(
     num_tokens, num_kv_heads = key.shape[:2]
     num_contexts = offsets.shape[0] - 1
     group = num_heads // num_kv_heads
-    key_scale, key_zero, value_scale, value_zero = quantization
-    bits = data_format(key_scale, key_zero)
+    bits = quantization.bits
     target = target or target_of(query.device)
     block_m = rows_a_tile(batch, num_contexts, query_len, group, decode_rows(query.dtype, head_dim))
     config = config or decode_configs(target, query.dtype, head_dim, bits, block_m)[0]
@@ -201,12 +185,9 @@ def plan_decode(
     context = {"offsets": offsets, "context_index": context_index}
     sizes = {"batch": batch, "query_len": query_len, "num_contexts": num_contexts, "num_tokens": num_tokens}
     arguments = {
-        "query": query, "key": key, "value": value, "key_scale": key_scale, "key_zero": key_zero,
-        "value_scale": value_scale, "value_zero": value_zero, **context, "output": partial, "lse": partial_lse,
-        **sizes, "scale_log2": scale * math.log2(math.e),
-        "stride_query_batch": query.stride(0), "stride_query_token": query.stride(1),
-        "stride_query_head": query.stride(2), "stride_key_token": key.stride(0), "stride_key_head": key.stride(1),
-        "stride_value_token": value.stride(0), "stride_value_head": value.stride(1),
+        "query": query, "key": key, "value": value, **quantization._asdict(), **context, "output": partial,
+        "lse": partial_lse, **sizes, "scale_log2": scale * math.log2(math.e),
+        **strides(query=query, key=key, value=value),
     }  # fmt: skip
     constants = {
         "GROUP": group,

@@ -11,8 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import forward_configs
-from .launch import Config, Launch, Target, block_dim, data_format, target_of
-from .tiles import LN2, attend, context_bounds, load_rows, log_sum, narrow, store_rows
+from .launch import Config, Launch, Quantization, Target, block_dim, strides, target_of
+from .tiles import LN2, attend_context, context_bounds, store_output
 
 
 @triton.jit
@@ -34,51 +34,25 @@ def forward_kernel(
     valid = rows < query_len * GROUP
     position = rows // GROUP
     query_head = head * GROUP + rows % GROUP
-    PART: tl.constexpr = HEAD_DIM // 2 if FORMAT == 4 else HEAD_DIM
     query_rows = position.to(tl.int64) * stride_query_token + query_head * stride_query_head
-    query_base = query + batch.to(tl.int64) * stride_query_batch
-    query_low = load_rows(query_base, query_rows, valid, PART, BLOCK_D)
-    query_high = query_low
-    if FORMAT == 4:
-        query_high = load_rows(query_base + PART, query_rows, valid, PART, BLOCK_D)
-
-    output_low = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    output_high = output_low
-    row_max = tl.full([BLOCK_M], -float("inf"), tl.float32)
-    row_sum = tl.zeros([BLOCK_M], tl.float32)
-    key += head.to(tl.int64) * stride_key_head
-    value += head.to(tl.int64) * stride_value_head
-    # whole tiles need no mask; the remainder is one masked tile
-    whole = start + (end - start) // BLOCK_N * BLOCK_N
-    output_low, output_high, row_max, row_sum = attend(
-        query_low, query_high, output_low, output_high, row_max, row_sum,
+    low, high, total = attend_context(
+        query + batch.to(tl.int64) * stride_query_batch, query_rows, valid,
         key, key_scale, key_zero, value, value_scale, value_zero,
-        start, whole, end, scale_log2, stride_key_token, stride_value_token, head, num_kv_heads,
-        HEAD_DIM, BLOCK_D, BLOCK_N, FORMAT, False, STAGES,
+        start, end, scale_log2, stride_key_token, stride_key_head, stride_value_token, stride_value_head,
+        head, num_kv_heads, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, FORMAT, True, STAGES,
     )  # fmt: skip
-    output_low, output_high, row_max, row_sum = attend(
-        query_low, query_high, output_low, output_high, row_max, row_sum,
-        key, key_scale, key_zero, value, value_scale, value_zero,
-        whole, end, end, scale_log2, stride_key_token, stride_value_token, head, num_kv_heads,
-        HEAD_DIM, BLOCK_D, BLOCK_N, FORMAT, True, 1,
-    )  # fmt: skip
-
-    # an empty context leaves row_sum at 0: its rows are zeros, its log-sum-exp minus infinity
-    divisor = tl.where(row_sum > 0, row_sum, 1.0)[:, None]
     num_heads = num_kv_heads * GROUP
     output_rows = ((batch.to(tl.int64) * query_len + position) * num_heads + query_head) * HEAD_DIM
-    store_rows(output, output_rows, narrow(output_low / divisor, query_low.dtype), valid, PART, BLOCK_D)
-    if FORMAT == 4:
-        store_rows(output + PART, output_rows, narrow(output_high / divisor, query_low.dtype), valid, PART, BLOCK_D)
+    store_output(output, output_rows, low, high, valid, HEAD_DIM, BLOCK_D, FORMAT)
     lse_rows = (batch.to(tl.int64) * num_heads + query_head) * query_len + position
-    tl.store(lse + lse_rows, log_sum(row_max, row_sum) * LN2, mask=valid)
+    tl.store(lse + lse_rows, total * LN2, mask=valid)
 
 
 def plan_forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    quantization: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
+    quantization: Quantization,
     offsets: Tensor,
     context_index: Tensor,
     output: Tensor,
@@ -91,19 +65,15 @@ def plan_forward(
     batch, query_len, num_heads, head_dim = query.shape
     num_tokens, num_kv_heads = key.shape[:2]
     group = num_heads // num_kv_heads
-    key_scale, key_zero, value_scale, value_zero = quantization
-    bits = data_format(key_scale, key_zero)
+    bits = quantization.bits
     target = target or target_of(query.device)
     config = config or forward_configs(target, query.dtype, head_dim, bits)[0]
     num_row_tiles = triton.cdiv(query_len * group, config.block_m)
     arguments = {
-        "query": query, "key": key, "value": value, "key_scale": key_scale, "key_zero": key_zero,
-        "value_scale": value_scale, "value_zero": value_zero, "offsets": offsets, "context_index": context_index,
-        "output": output, "lse": lse, "query_len": query_len, "num_row_tiles": num_row_tiles,
-        "num_contexts": offsets.shape[0] - 1, "num_tokens": num_tokens, "scale_log2": scale * math.log2(math.e),
-        "stride_query_batch": query.stride(0), "stride_query_token": query.stride(1),
-        "stride_query_head": query.stride(2), "stride_key_token": key.stride(0), "stride_key_head": key.stride(1),
-        "stride_value_token": value.stride(0), "stride_value_head": value.stride(1),
+        "query": query, "key": key, "value": value, **quantization._asdict(), "offsets": offsets,
+        "context_index": context_index, "output": output, "lse": lse, "query_len": query_len,
+        "num_row_tiles": num_row_tiles, "num_contexts": offsets.shape[0] - 1, "num_tokens": num_tokens,
+        "scale_log2": scale * math.log2(math.e), **strides(query=query, key=key, value=value),
     }  # fmt: skip
     constants = {
         "GROUP": group,

@@ -64,10 +64,10 @@ def cross_attention(
     Raises:
         ValueError: a shape, dtype, device, offset or index breaks a rule; nothing was launched.
     """
-    quantization = {
-        "key_scale": key_scale, "key_zero": key_zero, "value_scale": value_scale, "value_zero": value_zero,
-    }  # fmt: skip
-    return cross_attention_with_lse(query, key, value, offsets, context_index, scale=scale, **quantization)[0]
+    return cross_attention_with_lse(
+        query, key, value, offsets, context_index,
+        scale=scale, key_scale=key_scale, key_zero=key_zero, value_scale=value_scale, value_zero=value_zero,
+    )[0]  # fmt: skip
 
 
 def project_quantized(

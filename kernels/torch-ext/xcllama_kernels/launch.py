@@ -3,10 +3,12 @@
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import cache
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 # TRITON_INTERPRET=1 when triton was imported, which its own functions show: kernels run in numpy, on CPU tensors
 INTERPRETED: bool = not isinstance(tl.cdiv, triton.JITFunction)
@@ -56,7 +58,7 @@ class Launch:
             return
         name = getattr(self.kernel, "__name__", None) or self.kernel.fn.__name__
         launch_counts[name] += 1
-        tensor = next(value for value in self.arguments.values() if isinstance(value, torch.Tensor))
+        tensor = next(value for value in self.arguments.values() if isinstance(value, Tensor))
         # triton launches on the current device, whichever holds the tensors
         with torch.cuda.device_of(tensor):
             self.kernel[self.grid](**self.arguments, **self.constants, **self.options())
@@ -66,6 +68,29 @@ class Launch:
         return {
             "num_warps": self.config.num_warps, "num_stages": self.config.num_stages, "enable_fp_fusion": True,
         }  # fmt: skip
+
+
+class Quantization(NamedTuple):
+    """Scales and zeros of keys and values: none for floats, no zeros for int8."""
+
+    key_scale: Tensor | None = None
+    key_zero: Tensor | None = None
+    value_scale: Tensor | None = None
+    value_zero: Tensor | None = None
+
+    @property
+    def bits(self) -> int:
+        return data_format(self.key_scale, self.key_zero)
+
+
+def strides(**tensors: Tensor) -> dict[str, int]:
+    """Kernel arguments `stride_NAME_batch` (of query rows only), `stride_NAME_token` and `stride_NAME_head`."""
+    names = ("batch", "token", "head")
+    return {
+        f"stride_{name}_{dimension}": stride
+        for name, tensor in tensors.items()
+        for dimension, stride in zip(names[4 - tensor.dim() :], tensor.stride(), strict=False)
+    }
 
 
 @cache
@@ -84,11 +109,11 @@ def block_dim(head_dim: int) -> int:
     return max(16, triton.next_power_of_2(head_dim))
 
 
-def data_format(scale: torch.Tensor | None, zero: torch.Tensor | None) -> int:
+def data_format(scale: Tensor | None, zero: Tensor | None) -> int:
     """Bits of a quantized format (8 or 4), 0 for plain floats."""
     return 0 if scale is None else 8 if zero is None else 4
 
 
-def inner_contiguous(tensor: torch.Tensor) -> torch.Tensor:
+def inner_contiguous(tensor: Tensor) -> Tensor:
     """`tensor` itself when its last dimension is dense, else a copy."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()

@@ -14,7 +14,7 @@ from .checks import check_attention, check_attention_shapes, check_projection
 from .configs import decode_rows
 from .decode import plan_decode
 from .forward import plan_forward
-from .launch import inner_contiguous
+from .launch import Quantization, inner_contiguous
 from .project import plan_projection
 
 NAMESPACE = re.sub(r"\W", "_", __package__)
@@ -38,10 +38,8 @@ def cross_attention_op(
     value_zero: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """`(output, lse)` by the decode kernels for short queries, by the forward kernel otherwise."""
-    quantization = {
-        "key_scale": key_scale, "key_zero": key_zero, "value_scale": value_scale, "value_zero": value_zero,
-    }  # fmt: skip
-    check_attention(query, key, value, offsets, context_index, **quantization)
+    quantization = Quantization(key_scale, key_zero, value_scale, value_zero)
+    check_attention(query, key, value, offsets, context_index, quantization)
     batch, query_len, num_heads, _ = query.shape
     output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     lse = torch.empty(batch, num_heads, query_len, dtype=torch.float32, device=query.device)
@@ -54,7 +52,7 @@ def cross_attention_op(
         inner_contiguous(query),
         inner_contiguous(key),
         inner_contiguous(value),
-        tuple(_dense(tensor) for tensor in quantization.values()),
+        Quantization(*map(_dense, quantization)),
         offsets.contiguous(),
         context_index.contiguous(),
         output,
@@ -67,8 +65,8 @@ def cross_attention_op(
 
 
 @cross_attention_op.register_fake
-def _(query, key, value, offsets, context_index, scale, key_scale, key_zero, value_scale, value_zero):
-    check_attention_shapes(query, key, value, offsets, context_index, key_scale, key_zero, value_scale, value_zero)
+def _(query, key, value, offsets, context_index, scale, *quantization):
+    check_attention_shapes(query, key, value, offsets, context_index, Quantization(*quantization))
     output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     return output, query.new_empty(query.shape[0], query.shape[2], query.shape[1], dtype=torch.float32)
 

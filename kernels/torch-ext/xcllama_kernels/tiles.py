@@ -145,3 +145,55 @@ def attend(
         if FORMAT == 4:
             output_high = dot(weights, high, output_high * correction[:, None])
     return output_low, output_high, row_max, row_sum
+
+
+@triton.jit
+def attend_context(
+    query, query_rows, valid, key, key_scale, key_zero, value, value_scale, value_zero,
+    first, last, scale_log2, stride_key_token, stride_key_head, stride_value_token, stride_value_head, head, num_heads,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FORMAT: tl.constexpr,
+    REMAINDER: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Output (in halves for int4, one tile twice otherwise) and base-2 log-sum-exp of a tile of query rows over the
+    tokens [first, last). REMAINDER: whole tiles run without a mask, and one masked tile follows."""
+    PART: tl.constexpr = HEAD_DIM // 2 if FORMAT == 4 else HEAD_DIM
+    query_low = load_rows(query, query_rows, valid, PART, BLOCK_D)
+    query_high = query_low
+    if FORMAT == 4:
+        query_high = load_rows(query + PART, query_rows, valid, PART, BLOCK_D)
+    output_low = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    output_high = output_low
+    row_max = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    key += head.to(tl.int64) * stride_key_head
+    value += head.to(tl.int64) * stride_value_head
+    whole = first
+    if REMAINDER:
+        whole = first + (last - first) // BLOCK_N * BLOCK_N
+        output_low, output_high, row_max, row_sum = attend(
+            query_low, query_high, output_low, output_high, row_max, row_sum,
+            key, key_scale, key_zero, value, value_scale, value_zero,
+            first, whole, last, scale_log2, stride_key_token, stride_value_token, head, num_heads,
+            HEAD_DIM, BLOCK_D, BLOCK_N, FORMAT, False, STAGES,
+        )  # fmt: skip
+    output_low, output_high, row_max, row_sum = attend(
+        query_low, query_high, output_low, output_high, row_max, row_sum,
+        key, key_scale, key_zero, value, value_scale, value_zero,
+        whole, last, last, scale_log2, stride_key_token, stride_value_token, head, num_heads,
+        HEAD_DIM, BLOCK_D, BLOCK_N, FORMAT, True, 1 if REMAINDER else STAGES,
+    )  # fmt: skip
+    # rows of an empty context are zeros, their log-sum-exp minus infinity
+    divisor = tl.where(row_sum > 0, row_sum, 1.0)[:, None]
+    return output_low / divisor, output_high / divisor, log_sum(row_max, row_sum)
+
+
+@triton.jit
+def store_output(
+    output, rows, low, high, valid,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, FORMAT: tl.constexpr,
+):  # fmt: skip
+    """Store what `attend_context` gives, in the type of `output`."""
+    PART: tl.constexpr = HEAD_DIM // 2 if FORMAT == 4 else HEAD_DIM
+    store_rows(output, rows, narrow(low, output.dtype.element_ty), valid, PART, BLOCK_D)
+    if FORMAT == 4:
+        store_rows(output + PART, rows, narrow(high, output.dtype.element_ty), valid, PART, BLOCK_D)
