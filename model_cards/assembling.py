@@ -4,13 +4,17 @@ import importlib.util
 import json
 import shutil
 import tempfile
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 
+import pyarrow
 import pyarrow.parquet
+from safetensors import safe_open
 from transformers import AutoProcessor
 
 from context_store import ContextStore
-from context_store.manifest import Folder
+from context_store.manifest import Folder, Manifest
 from context_store.snapshot import write_card
 from dataset_builders.building import build_mix_folder
 from dataset_builders.card import render_card
@@ -21,6 +25,9 @@ from model_cards.model_card import checkpoint_card, conversion_card, eval_result
 from model_cards.rendering import check_card
 from modeling_xcllama import XCLlamaForCausalLM
 from modeling_xcllama.checkpoints import is_added_weights, load_checkpoint
+from modeling_xcllama.context_repository import FORMAT as INDEX_FORMAT
+from modeling_xcllama.context_repository import FORMAT_VERSION as INDEX_VERSION
+from modeling_xcllama.context_repository import INDEX_NAME
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = "The lighthouse of Skerrow was designed by Margaret Hale and finished in August 1838."
@@ -127,11 +134,33 @@ def assemble_context(source: Path, folder: Path, repo_id: str, model, processor,
             raise ValueError(f"{source} holds neither passages (*.json) nor a store with documents.")
         store.catalogue.set_meta("model", model_id)
         manifest = store.snapshot(folder)
-        parts = [folder / part.name for part in manifest.catalogue]
-        cache = store.get(pyarrow.parquet.read_table(parts, columns=["id"])["id"].to_pylist()).compact()
+        write_index(folder, manifest)
+        index = json.loads((folder / INDEX_NAME).read_text())
+        cache = store.get([name for file in index["files"] for name in file["ids"]]).compact()
     write_card(Folder(folder), manifest, repo_id.rpartition("/")[2], licence, repo_id)
     check_card((folder / "README.md").read_text(), "context_card.md.jinja")
     return cache
+
+
+def write_index(folder: Path, manifest: Manifest) -> None:
+    """`contexts.json` of a snapshot: what `model.load_context` needs to map its shards as one cache."""
+    names = ["shard", "id", "start", "tokens"]
+    parts = [pyarrow.parquet.read_table(folder / part.name, columns=names) for part in manifest.catalogue]
+    rows = sorted(pyarrow.concat_tables(parts).to_pylist(), key=itemgetter("shard", "start"))
+    documents = {shard: list(group) for shard, group in groupby(rows, itemgetter("shard"))}
+    files = [
+        {field: getattr(entry, field) for field in ("name", "nbytes", "sha256")}
+        | {
+            "ids": [row["id"] for row in documents[entry.name]],
+            "tokens": [row["tokens"] for row in documents[entry.name]],
+        }
+        for entry in manifest.shards
+    ]
+    with safe_open(folder / manifest.shards[0].name, framework="pt") as file:
+        layout = "hidden" if "hidden" in file.keys() else "condensed"
+    index = {"format": INDEX_FORMAT, "format_version": INDEX_VERSION, "layout": layout, "dtype": manifest.dtype}
+    index |= {"fingerprint": manifest.fingerprint, "files": files}
+    (folder / INDEX_NAME).write_text(json.dumps(index, ensure_ascii=False) + "\n")
 
 
 def check_context(folder: Path, cache, model_folder: Path, model, processor) -> None:
@@ -188,8 +217,8 @@ def check_kernel(folder: Path) -> None:
     require_equal(folder, found, {"names": True, "same": True, "finite": True})
 
 
-def assemble_space(source: Path, folder: Path) -> None:
-    """The Space as it is.
+def assemble_space(source: Path, folder: Path, namespace: str) -> None:
+    """The Space, its models taken from `namespace`.
 
     Raises:
         ValueError: no Space there.
@@ -197,6 +226,11 @@ def assemble_space(source: Path, folder: Path) -> None:
     if not (source / "app.py").is_file():
         raise ValueError(f"{source} holds no Space: it has no app.py.")
     shutil.copytree(source, folder, ignore=shutil.ignore_patterns("__pycache__", ".*"))
+    card = folder / "README.md"
+    if card.is_file():
+        for model in check_card(card.read_text(), "space/README.md").get("models", []):
+            own = f"{namespace}/{model.rpartition('/')[2]}"
+            card.write_text(card.read_text().replace(f"- {model}\n", f"- {own}\n"))
 
 
 def check_space(folder: Path) -> None:

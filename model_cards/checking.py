@@ -109,7 +109,7 @@ def run_clean(code: str, *arguments: str, **variables: str) -> Any:
         )  # fmt: skip
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise ValueError(f"{arguments[0]} does not load in a clean process: {reason}")
+        raise ValueError(f"{(*arguments, 'the code')[0]} does not run in a clean process: {reason}")
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 

@@ -96,8 +96,13 @@ class Release:
         return Target(repo_id, repo_type, marker, self.tag, branch, self.private, self.create_pr)
 
 
-def assemble(release: Release, kind: str, repo_id: str, checkpoint: Path | None, folder: Path) -> None:
+def assemble(
+    release: Release, kind: str, repo_id: str, checkpoint: Path | None, folder: Path, models: dict[Path, tuple]
+) -> None:
     """Make the new folder of one repository and check it.
+
+    Args:
+        models: folder, model and processor of each checkpoint that was assembled already; added to.
 
     Raises:
         ValueError: something is missing, or the folder does not do what its source does.
@@ -105,13 +110,17 @@ def assemble(release: Release, kind: str, repo_id: str, checkpoint: Path | None,
     if kind == "model":
         pair = assembling.assemble_model(checkpoint, folder, repo_id, release.results, release.base, release.original)
         assembling.check_model(folder, *pair)
+        models[checkpoint] = (folder, *pair)
     elif kind == "context":
         source = release.checkpoint or CHECKPOINT
-        with TemporaryDirectory() as merged:
-            model_id = f"{release.namespace}/{source.name}"
-            pair = assembling.assemble_model(source, Path(merged), model_id, release.results, release.base)
-            cache = assembling.assemble_context(release.corpus, folder, repo_id, *pair, model_id, release.licence)
-            assembling.check_context(folder, cache, Path(merged), *pair)
+        model_id = f"{release.namespace}/{source.name}"
+        if source not in models:
+            merged = folder.parent / f".{source.name}"
+            pair = assembling.assemble_model(source, merged, model_id, release.results, release.base, release.original)
+            models[source] = (merged, *pair)
+        merged, *pair = models[source]
+        cache = assembling.assemble_context(release.corpus, folder, repo_id, *pair, model_id, release.licence)
+        assembling.check_context(folder, cache, merged, *pair)
     elif kind == "dataset":
         assembling.assemble_dataset(release.build, folder, repo_id)
         assembling.check_dataset(folder)
@@ -119,7 +128,7 @@ def assemble(release: Release, kind: str, repo_id: str, checkpoint: Path | None,
         assembling.assemble_kernel(folder, repo_id, release.results)
         assembling.check_kernel(folder)
     else:
-        assembling.assemble_space(release.space, folder)
+        assembling.assemble_space(release.space, folder, repo_id.split("/")[0])
         assembling.check_space(folder)
 
 
@@ -140,14 +149,14 @@ def publish(release: Release, output: Path | None, dry_run: bool) -> None:
         for target in targets:
             check_rights(api, target)
     with _work(output) as work:
-        folders, changes = [], []
+        folders, changes, models = [], [], {}
         for (kind, repo_id, checkpoint), target in zip(release.jobs, targets, strict=True):
             folder = work / target.repo_type / repo_id.rpartition("/")[2]
             if folder.exists():
                 raise ValueError(f"{folder} exists; remove it, or choose another --output.")
             folder.parent.mkdir(parents=True, exist_ok=True)
             print(f"{kind} {repo_id}: assembling and checking", flush=True)
-            assemble(release, kind, repo_id, checkpoint, folder)
+            assemble(release, kind, repo_id, checkpoint, folder, models)
             folders.append(folder)
             found = compare(api, folder, target) if ask else Changes(files_of(folder), [], [], [], None, False, None)
             changes.append(found)

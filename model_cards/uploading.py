@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token, snapshot_download
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 
 # the client's own name for what its HTTP library raises
 from huggingface_hub.errors import HTTPError, RepositoryNotFoundError
@@ -193,20 +193,20 @@ def upload(api: HfApi, folder: Path, target: Target, changes: Changes, message: 
     with one_line(f"{target.repo_id} has the new commit {commit}, but"):
         if changes.tagged is None:
             api.create_tag(**where, tag=target.tag, revision=commit)
-        read_back(folder, target, commit, api.token)
+        read_back(api, folder, target, commit)
     prefix = "" if target.repo_type == "model" else f"{target.repo_type}s/"
     return f"{api.endpoint}/{prefix}{target.repo_id}/tree/{target.tag}"
 
 
-def read_back(folder: Path, target: Target, commit: str, token: str | bool | None = None) -> None:
+def read_back(api: HfApi, folder: Path, target: Target, commit: str) -> None:
     """Download the commit into an empty cache and compare every file's SHA-256 with the folder's.
 
     Raises:
         ValueError: a file is missing, too many or different.
     """
     with tempfile.TemporaryDirectory() as empty:
-        options = {"repo_type": target.repo_type, "revision": commit, "cache_dir": empty, "token": token}
-        copy = Path(snapshot_download(target.repo_id, **options))
+        options = {"repo_type": target.repo_type, "revision": commit, "cache_dir": empty}
+        copy = Path(api.snapshot_download(target.repo_id, **options))
         there, here = set(files_of(copy)) - {".gitattributes"}, set(files_of(folder)) - {".gitattributes"}
         differing = sorted(there ^ here) + [name for name in sorted(there & here)
                                             if sha256(copy / name) != sha256(folder / name)]  # fmt: skip

@@ -1,76 +1,80 @@
-"""Where a published corpus of contexts lies: the files of a snapshot, from a folder or the Hub, checked before use.
+"""A published corpus of contexts, in a folder or on the Hub: fetched, checked against its index, mapped.
 
-A snapshot (`context_store`) is a folder with `manifest.json` and the cache files that it names, each with its SHA-256. On
-the Hub it is a data set repository.
+`contexts.json` lists safetensors files of packed states (`hidden`, or `key` and `value`, with `token_ids`), each with
+size, SHA-256, the ids of its documents and their tokens. A snapshot of `context_store` that was published has one.
 """
 
 import hashlib
 import json
 import re
+from itertools import accumulate
 from pathlib import Path
 
+import torch
 from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
 
-MANIFEST_NAME = "manifest.json"
-FORMAT, FORMAT_VERSION = "xcllama-context-snapshot", 1
+from .context_cache import ContextCache
+from .context_file import assemble
+
+INDEX_NAME = "contexts.json"
+FORMAT, FORMAT_VERSION = "xcllama-contexts", 1
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(?<!\.safetensors)")
+FILE_NAME = re.compile(r"(shards/)?\w[\w.-]*\.safetensors")
 
 
-def context_files(path: str | Path, revision: str | None = None) -> list[Path]:
-    """The cache files behind `path`, in the order of their rows.
+def load_contexts(path: str | Path, revision: str | None = None) -> ContextCache:
+    """The contexts behind `path`, one row a document, in the order of the index.
 
     Args:
-        path: a cache file, the folder of a snapshot, or the id of a data set repository with one ("org/name").
+        path: a cache file, a folder with an index, or the id of a data set repository with one ("org/name").
         revision: branch, tag or commit on the Hub; None: the main branch.
 
     Raises:
-        ValueError: a revision of something local, no snapshot, or a file that is not what the manifest says.
+        ValueError: a revision of something local, no index, or a file that is not what the index says.
         huggingface_hub.errors.HfHubHTTPError: no such repository or revision, or no access to it.
     """
-    local = Path(path)
-    if local.exists() or not HUB_ID.fullmatch(str(path)):
+    folder = Path(path)
+    if folder.exists() or not HUB_ID.fullmatch(str(path)):
         if revision is not None:
             raise ValueError(f"`revision` is for a repository on the Hub, got {revision!r} for the file {path}.")
-        return snapshot_files(local) if local.is_dir() else [local]
-    patterns = [MANIFEST_NAME, "shards/*"]
-    return snapshot_files(
-        Path(snapshot_download(str(path), repo_type="dataset", revision=revision, allow_patterns=patterns))
-    )
+    else:
+        patterns = [INDEX_NAME, "*.safetensors"]
+        folder = Path(snapshot_download(str(path), repo_type="dataset", revision=revision, allow_patterns=patterns))
+    return load_folder(folder) if folder.is_dir() else ContextCache.load(folder)
 
 
-def snapshot_files(folder: Path) -> list[Path]:
-    """The cache files of a local snapshot, each with the size and SHA-256 that its manifest gives.
+def load_folder(folder: Path) -> ContextCache:
+    """The contexts of a local folder, every file compared with the index before it is mapped.
 
     Raises:
-        ValueError: no snapshot, one of a newer format, or a file that is missing or altered.
+        ValueError: no index, one of a newer format, or a file that is missing or altered.
     """
     try:
-        manifest = json.loads((folder / MANIFEST_NAME).read_text())
-        named, version = (manifest["format"], int(manifest["format_version"]))
-        entries = [(str(entry["name"]), int(entry["nbytes"]), str(entry["sha256"])) for entry in manifest["shards"]]
+        index = json.loads((folder / INDEX_NAME).read_text())
+        if index["format"] != FORMAT or int(index["format_version"]) > FORMAT_VERSION:
+            raise ValueError(f"its format is {index['format']!r} {index['format_version']}, not {FORMAT!r} up to 1")
+        caches = [_map(folder, entry, index) for entry in index["files"]]
+        return caches[0] if len(caches) == 1 else ContextCache.concat(caches)
     except FileNotFoundError as error:
-        raise ValueError(f"{folder} is no snapshot of contexts: it has no {MANIFEST_NAME}.") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder / MANIFEST_NAME} is no snapshot's manifest: {error!r}.") from error
-    if named != FORMAT or version > FORMAT_VERSION:
-        raise ValueError(
-            f"{folder} has format {named!r} {version}, this code reads {FORMAT!r} up to {FORMAT_VERSION}."
-        )
-    if not entries:
-        raise ValueError(f"the snapshot {folder} holds no documents.")
-    return [_checked(folder, *entry) for entry in entries]
+        raise ValueError(f"{folder} is no published corpus of contexts: it has no {INDEX_NAME}.") from error
+    except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise ValueError(f"the contexts in {folder} cannot be read: {error}; fetch them again.") from error
 
 
-def _checked(folder: Path, name: str, nbytes: int, sha256: str) -> Path:
-    # the name comes from outside: one folder down, nothing else
-    if not re.fullmatch(r"shards/[\w][\w.-]*", name):
-        raise ValueError(f"the manifest of {folder} names the file {name!r}; it must lie in shards/.")
-    path = folder / name
-    if not path.is_file() or path.stat().st_size != nbytes:
-        raise ValueError(
-            f"{path} is missing or cut short: the manifest says {nbytes} bytes; fetch the snapshot again."
-        )
+def _map(folder: Path, entry: dict, index: dict) -> ContextCache:
+    """One file of the index as a cache. The index comes from outside, too: nothing in it is trusted."""
+    if not FILE_NAME.fullmatch(entry["name"]):
+        raise ValueError(f"the index names the file {entry['name']!r}")
+    path = folder / entry["name"]
+    if not path.is_file() or path.stat().st_size != entry["nbytes"]:
+        raise ValueError(f"{entry['name']} is missing or has not the {entry['nbytes']} bytes that the index says")
     with open(path, "rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
-            raise ValueError(f"{path} has another SHA-256 than its manifest says; fetch the snapshot again.")
-    return path
+        if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
+            raise ValueError(f"{entry['name']} has another SHA-256 than the index says")
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    offsets = torch.tensor([0, *accumulate(map(int, entry["tokens"]))])
+    tensors |= {"offsets": offsets, "rows": torch.arange(len(offsets) - 1), "row_offsets": torch.arange(len(offsets))}
+    states, bounds, rows = assemble(index, tensors)
+    return ContextCache(states, bounds, tensors["token_ids"], str(index["fingerprint"]), rows)

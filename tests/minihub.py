@@ -19,10 +19,13 @@ from minihub_store import Store
 
 
 def serve(root: str | Path, port: int = 0, token: str | None = None) -> ThreadingHTTPServer:
-    """Start a server on 127.0.0.1 in a thread and return it; `server.shutdown()` stops it."""
-    server = ThreadingHTTPServer(
-        ("127.0.0.1", port), type("StoreHandler", (Handler,), {"store": Store(root, token=token)})
-    )
+    """Start a server on 127.0.0.1 in a thread and return it; `server.shutdown()` stops it.
+
+    `server.store` is what it keeps; `server.store.faults` are called with each request before it is answered.
+    """
+    store = Store(root, token=token)
+    server = ThreadingHTTPServer(("127.0.0.1", port), type("StoreHandler", (Handler,), {"store": store}))
+    server.store = store
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, daemon=True).start()
     return server

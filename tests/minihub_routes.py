@@ -55,6 +55,8 @@ class Handler(BaseHTTPRequestHandler):
         url = urlsplit(self.path)
         self.query = {name: values[0] for name, values in parse_qs(url.query).items()}
         self.commit_sha = None
+        if any(fault(self) for fault in list(self.store.faults)):
+            return
         self.body = self.read_body()
         try:
             for methods, pattern, function in ROUTES:
@@ -132,8 +134,9 @@ class Handler(BaseHTTPRequestHandler):
     @route("GET", r"/api/whoami-v2")
     def whoami(self) -> None:
         self.authorize()
-        token = {"type": "access_token", "accessToken": {"displayName": "test", "role": "write"}}
-        self.send({"type": "user", "id": "1", "name": self.store.user, "orgs": [], "auth": token})
+        token = {"type": "access_token", "accessToken": {"displayName": "test", "role": self.store.role}}
+        account = {"type": "user", "id": "1", "name": self.store.user, "orgs": self.store.organizations}
+        self.send(account | {"auth": token})
 
     @route("POST", r"/api/repos/create")
     def create_repo(self) -> None:

@@ -4,6 +4,7 @@ import datetime
 import hashlib
 import json
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -17,6 +18,9 @@ class Store:
 
     def __init__(self, root: str | Path, user: str = "tester", token: str | None = None):
         self.root, self.user, self.token = Path(root), user, token
+        self.role, self.organizations = "write", []
+        # each is called with the handler of a request and returns whether it has answered (or cut off) the request
+        self.faults: list[Callable[..., bool]] = []
         (self.root / "blobs").mkdir(parents=True, exist_ok=True)
         self.lock = threading.RLock()
         state = self.root / "state.json"

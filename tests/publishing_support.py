@@ -1,0 +1,69 @@
+"""What the tests of publishing share: a Hub on loopback for this process, and a tiny checkpoint with real records."""
+
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import constants
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from modeling_xcllama import XCLlamaForCausalLM
+
+TESTS = Path(__file__).resolve().parent
+CHECKPOINT = TESTS.parent / "checkpoints" / "xc-smollm2-135m"
+BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
+TOKEN = "hf_only_this_one"
+
+
+@contextmanager
+def hub_on_loopback(root: Path) -> Iterator:
+    """A server that only `TOKEN` may write to; the clients of this process talk to it. Yields the server."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(TESTS)
+        import minihub
+
+        server = minihub.serve(root / "server", token=TOKEN)
+        server.url = f"http://127.0.0.1:{server.server_port}"
+        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, server.url)
+        patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        values = {"ENDPOINT": server.url, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}
+        values |= {"HF_HUB_CACHE": str(root / "cache"), "HF_TOKEN_PATH": str(root / "token")}
+        for name, value in values.items():
+            patch.setattr(constants, name, value)
+        patch.setenv("HF_TOKEN", TOKEN)
+        patch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        yield server
+        server.shutdown()
+        for name in [name for name in sys.modules if name.startswith("minihub")]:
+            del sys.modules[name]
+
+
+def make_checkpoint(cache: Path, folder: Path, **fields) -> Path:
+    """Added weights of a tiny random model whose base lies in the folder `cache` (XCLLAMA_CACHE), with the training
+    records of the repository's own checkpoint, so that its card is filled from the real results/."""
+    torch.manual_seed(0)
+    base = cache / "models" / BASE.rpartition("/")[2]
+    sizes = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096}
+    LlamaForCausalLM(LlamaConfig(**sizes, eos_token_id=1, pad_token_id=0)).save_pretrained(base)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"<pad>": 0, "<eos>": 1} | {token: index + 2 for index, token in enumerate(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+    tokenizer.save_pretrained(base)
+    fields = {"context_layer": 2, "cross_attention_layers": [1, 2], "base_model_name_or_path": BASE} | fields
+    model = XCLlamaForCausalLM.from_decoder(str(base), **fields)
+    with torch.no_grad():
+        for _, weight in model.added_parameters():
+            if weight.dim() == 2:
+                weight.normal_(std=0.3)
+    model.save_cross_attention(folder)
+    for name in ("training.json", "recipe.yaml"):
+        shutil.copy(CHECKPOINT / name, folder)
+    return folder
