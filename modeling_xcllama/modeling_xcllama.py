@@ -21,7 +21,7 @@ from transformers.utils import can_return_tuple, logging
 from .configuration_xcllama import XCLlamaConfig
 from .context_cache import ContextCache, ProjectedContext
 from .context_encoding import weights_digest
-from .context_repository import context_files
+from .context_repository import load_contexts
 from .cross_attention import log_implementation
 from .decoder_xcllama import XCLlamaModel, XCLlamaPreTrainedModel, bare_encoder
 from .generation_xcllama import ContextGenerationMixin
@@ -111,16 +111,14 @@ class XCLlamaForCausalLM(ContextGenerationMixin, XCLlamaPreTrainedModel, LlamaFo
         """Map a cache and check that this model can read it.
 
         Args:
-            path: a cache file, the folder of a snapshot, or the Hub id of a published corpus.
+            path: a cache file, or the folder or Hub id of a published corpus.
             revision: branch, tag or commit of a Hub id.
 
         Raises:
             ValueError: a damaged file, or a cache of another model, template, layout or width.
         """
-        caches = [ContextCache.load(file) for file in context_files(path, revision)]
-        for cache in caches:
-            self.model.check_cache(cache)
-        cache = caches[0] if len(caches) == 1 else ContextCache.concat(caches)
+        cache = load_contexts(path, revision)
+        self.model.check_cache(cache)
         return cache
 
     def added_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
