@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path
 
 MAX_FILE_BYTES = 5 * 2**20
@@ -58,7 +59,8 @@ def clean(text: str, name: str) -> str:
         DocumentError: nothing to read in it.
     """
     text = text.replace("\r\n", "\n").replace("\r", "\n")
-    text = "".join(letter for letter in text if letter.isprintable() or letter in "\n\t").strip()
+    # what separates words still does
+    text = "".join((" " if letter.isspace() else "") if _is_control(letter) else letter for letter in text).strip()
     if not any(letter.isalnum() for letter in text):
         raise DocumentError(f"“{name}” is empty: there is no text in it.")
     return text
@@ -82,9 +84,14 @@ def _plain_text(data: bytes, name: str) -> str:
     raise DocumentError(f"“{name}” is no readable text. Upload plain text (.txt), Markdown (.md) or PDF.")
 
 
+def _is_control(letter: str) -> bool:
+    """Whether a letter is a control character or none at all; line ends and tabs are text."""
+    return letter not in "\n\t" and unicodedata.category(letter) in ("Cc", "Cn", "Co", "Cs")
+
+
 def _readable(text: str) -> bool:
     """Whether nearly all of `text` can be printed: binary junk decodes, too, but to control characters."""
-    odd = sum(not (letter.isprintable() or letter.isspace()) for letter in text)
+    odd = sum(_is_control(letter) and not letter.isspace() for letter in text)
     return "\0" not in text and odd <= 0.01 * len(text)
 
 

@@ -124,7 +124,7 @@ class Reader:
         if count > self.max_document_tokens:
             raise DocumentError(
                 f"“{name}” is too long: {len(text):,} letters. A document may have "
-                f"{self.max_document_tokens:,} tokens, about {4 * self.max_document_tokens:,} letters. Add it in parts."
+                f"{self.max_document_tokens:,} tokens, about {4 * self.max_document_tokens:,} letters: add parts."
             )
         return count
 

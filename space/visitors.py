@@ -169,7 +169,7 @@ class Visitors:
 
 def unique_name(name: str, taken: Sequence[str], length: int = 60) -> str:
     """`name`, short and unlike all in `taken`."""
-    name = " ".join("".join(letter for letter in name if letter.isprintable()).split())[:length] or "document"
+    name = "".join(letter for letter in " ".join(name.split()) if letter.isprintable())[:length] or "document"
     number, unique = 1, name
     while unique in taken:
         number += 1
