@@ -84,7 +84,8 @@ def one_line(what: str) -> Iterator[None]:
     """Turn what the Hub or the network says into one line; it never holds the token."""
     try:
         yield
-    except (HTTPError, OSError) as error:
+    # a large file that could not be sent is a RuntimeError of the client
+    except (HTTPError, OSError, RuntimeError) as error:
         status = getattr(getattr(error, "response", None), "status_code", None)
         reason = {
             401: "the Hub refuses this token; run `hf auth login` or set HF_TOKEN",
