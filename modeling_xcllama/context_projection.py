@@ -6,6 +6,8 @@ from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from .cross_attention import BLOCK_TOKENS, ContextRows, find_kernels
 from .cross_attention_block import rotate
@@ -68,15 +70,28 @@ def project_hidden(
 ) -> list[tuple[Tensor, Tensor]]:
     """Keys and values of every projection; a quantized state is dequantized in registers, or a block at a time."""
     if isinstance(hidden, Tensor):
-        return [projection(hidden.to(dtype)) for projection in projections]
+        return _project_all(hidden.to(dtype), projections)
     fusible = not isinstance(projections[0].norm, nn.LayerNorm) and not torch.is_grad_enabled()
     if implementation == "triton" and fusible:
         return [_project_fused(hidden, projection) for projection in projections]
     parts = []
     for start in range(0, max(1, hidden.shape[0]), BLOCK_TOKENS):
         block = hidden[start : start + BLOCK_TOKENS].dequantize(dtype).flatten(1)
-        parts.append([projection(block) for projection in projections])
+        parts.append(_project_all(block, projections))
     return [tuple(torch.cat(pieces) for pieces in zip(*pairs, strict=True)) for pairs in zip(*parts, strict=True)]
+
+
+def _project_all(states: Tensor, projections: nn.ModuleList) -> list[tuple[Tensor, Tensor]]:
+    norm, normalized = projections[0].norm, None
+    # offloaded weights are there only while their module runs
+    if isinstance(norm, LlamaRMSNorm) and not norm.weight.is_meta and len(projections) > 1:
+        normalized = functional.rms_norm(states, states.shape[-1:], None, norm.variance_epsilon)
+    return [projection(states, normalized) for projection in projections]
+
+
+def by_head(states: Tensor) -> Tensor:
+    """`[num_tokens, kv_heads, head_dim]` laid out head by head: what attention reads is then contiguous."""
+    return states.transpose(0, 1).contiguous().transpose(0, 1)
 
 
 def _project_fused(hidden: QuantizedTensor, projection: nn.Module) -> tuple[Tensor, Tensor]:

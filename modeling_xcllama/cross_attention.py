@@ -9,7 +9,7 @@ import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ def _int32(values: tuple[int, ...], device: torch.device) -> Tensor:
 
 @dataclass(frozen=True)
 class ContextRows:
-    """Which packed tokens each row reads, on the host and as the tensors a kernel takes.
+    """Which packed tokens each row reads, on the host and as the tensors a kernel takes; derived once.
 
     Args:
         offsets: first token of each context and the end of the last, `num_contexts + 1` values.
@@ -43,12 +43,12 @@ class ContextRows:
     def __len__(self) -> int:
         return len(self.context_index)
 
-    @property
+    @cached_property
     def lengths(self) -> list[int]:
         """Tokens that each row reads."""
         return [self.offsets[context + 1] - self.offsets[context] for context in self.context_index]
 
-    @property
+    @cached_property
     def groups(self) -> list[tuple[int, int, list[int]]]:
         """(start, end, rows) of every context that is read and not empty: rows of one context are served together."""
         rows_of: dict[int, list[int]] = {}
@@ -56,6 +56,26 @@ class ContextRows:
             rows_of.setdefault(context, []).append(row)
         spans = [(self.offsets[context], self.offsets[context + 1], rows) for context, rows in rows_of.items()]
         return [span for span in spans if span[0] < span[1]]
+
+    @cached_property
+    def share_all(self) -> bool:
+        """Whether every row reads all tokens: one attention call, no slices."""
+        return [(start, end) for start, end, _ in self.groups] == [(0, self.offsets[-1])] and not self.some_empty
+
+    @cached_property
+    def some_empty(self) -> bool:
+        """Whether a row reads nothing."""
+        return not all(self.lengths)
+
+    @cached_property
+    def order(self) -> tuple[int, ...] | None:
+        """Where each row stands when the rows of `groups` follow each other; None: in their own order, all of them."""
+        served = [row for _, _, rows in self.groups for row in rows]
+        if served == list(range(len(self))):
+            return None
+        position = {row: place for place, row in enumerate(served)}
+        # a row without a context stands behind them
+        return tuple(position.get(row, len(served)) for row in range(len(self)))
 
     def tensors(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """`offsets` and `context_index` as int32 tensors on `device`, the same objects at every call."""
@@ -76,6 +96,12 @@ def _unfold(output: Tensor, like: Tensor) -> Tensor:
     return output.permute(1, 2, 0, 3, 4).reshape(rows, length, heads, dim)
 
 
+def _take(query: Tensor, members: list[int]) -> Tensor:
+    """The rows `members`, in rising order, without a copy where they follow each other."""
+    first, last = members[0], members[-1]
+    return query[first : last + 1] if last - first + 1 == len(members) else query[members]
+
+
 def _attend_eager(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     scores = (query @ key.transpose(-1, -2)).float() * scale
     weights = scores.softmax(-1)
@@ -87,37 +113,35 @@ def _attend_sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Ten
 
 
 def _attend_quantized(query: Tensor, key, value, scale: float) -> Tensor:
-    """Online softmax over blocks of tokens: only one block is ever dequantized."""
+    """Online softmax over blocks of tokens in float32: only one block is ever dequantized."""
     accumulated, normalizer, highest = 0.0, 0.0, query.new_full((*query.shape[:2], 1), -torch.inf, dtype=torch.float32)
     for start in range(0, key.shape[0], BLOCK_TOKENS):
         tokens = slice(start, start + BLOCK_TOKENS)
-        scores = (query @ key[tokens].dequantize(query.dtype).permute(1, 2, 0)).float() * scale
+        scores = (query.float() @ key[tokens].dequantize(torch.float32).permute(1, 2, 0)) * scale
         raised = torch.maximum(highest, scores.amax(-1, keepdim=True))
         weights, decay = (scores - raised).exp(), (highest - raised).exp()
-        values = value[tokens].dequantize(query.dtype).transpose(0, 1)
-        accumulated = accumulated * decay + (weights.to(values.dtype) @ values).float()
+        values = value[tokens].dequantize(torch.float32).transpose(0, 1)
+        accumulated = accumulated * decay + weights @ values
         normalizer, highest = normalizer * decay + weights.sum(-1, keepdim=True), raised
     return (accumulated / normalizer).to(query.dtype)
 
 
 def _over_groups(attend: Callable, query: Tensor, key, value, rows: ContextRows, scale: float) -> Tensor:
     """Run `attend` once a distinct context, on the queries of all rows that read it."""
-    output = None
-    for start, end, members in rows.groups:
-        whole = start == 0 and end == key.shape[0]
-        keys, values = (key, value) if whole else (key[start:end], value[start:end])
-        queries = query if len(members) == len(rows) else query[members]
-        folded = _fold(queries, key.shape[1])
-        if not isinstance(key, Tensor):
-            attended = _attend_quantized(folded, keys, values, scale)
-        else:
-            attended = attend(folded, keys.transpose(0, 1), values.transpose(0, 1), scale)
-        attended = _unfold(attended, queries)
-        if len(members) == len(rows):
-            return attended
-        output = torch.zeros_like(query) if output is None else output
-        output = output.index_copy(0, torch.tensor(members, device=query.device), attended)
-    return torch.zeros_like(query) if output is None else output
+
+    def read(queries: Tensor, keys, values) -> Tensor:
+        folded = _fold(queries, keys.shape[1])
+        if not isinstance(keys, Tensor):
+            return _unfold(_attend_quantized(folded, keys, values, scale), queries)
+        return _unfold(attend(folded, keys.transpose(0, 1), values.transpose(0, 1), scale), queries)
+
+    if rows.share_all:
+        return read(query, key, value)
+    pieces = [read(_take(query, members), key[start:end], value[start:end]) for start, end, members in rows.groups]
+    if rows.some_empty:
+        pieces.append(torch.zeros_like(query[:1]))
+    output = torch.cat(pieces)
+    return output if rows.order is None else output[_int32(rows.order, query.device)]
 
 
 def eager_cross_attention(query: Tensor, key, value, rows: ContextRows, scale: float) -> Tensor:

@@ -32,8 +32,10 @@ class ContextProjection(nn.Module):
         self.k_proj = nn.Linear(width, inner, bias=config.cross_attention_bias)
         self.v_proj = nn.Linear(width, inner, bias=config.cross_attention_bias)
 
-    def forward(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        states = states if self.norm is None else self.norm(states)
+    def forward(self, states: Tensor, normalized: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Keys and values; `normalized`: the states over their root mean square, which projections can share."""
+        if self.norm is not None:
+            states = self.norm(states) if normalized is None else self.norm.weight * normalized
         key, value = self.k_proj(states), self.v_proj(states)
         return key.unflatten(-1, (-1, self.head_dim)), value.unflatten(-1, (-1, self.head_dim))
 
@@ -98,7 +100,7 @@ class CrossAttentionBlock(GradientCheckpointingLayer):
         output = hidden_states + self._gated(self.o_proj(attended), self.gate)
         if self.mlp is not None:
             output = output + self._gated(self.mlp(self.mlp_norm(output)), self.mlp_gate)
-        if not all(rows.lengths):
+        if rows.some_empty:
             reads = torch.tensor([length > 0 for length in rows.lengths], device=output.device)
             output = torch.where(reads[:, None, None], output, hidden_states)
         weights = cross_attention_weights(query, key, rows, scale) if output_attentions else None

@@ -31,7 +31,7 @@ from .context_encoding import (
     weights_digest,
     windows,
 )
-from .context_projection import ReadingPlan, project_hidden, rotate_keys
+from .context_projection import ReadingPlan, by_head, project_hidden, rotate_keys
 from .cross_attention import resolve_implementation
 from .cross_attention_block import ContextProjection, CrossAttentionBlock
 
@@ -315,6 +315,8 @@ class XCLlamaModel(XCLlamaPreTrainedModel, LlamaModel):
                 key, value = key[plan.repeat], value[plan.repeat]
             if self.cross_rotary_emb is not None:
                 key = rotate_keys(key, plan.rows.offsets, self.cross_rotary_emb)
+            if cache.layout == "hidden" and implementation != "triton":
+                key, value = by_head(key), by_head(value)
             keys.append(key)
             values.append(value)
         return ProjectedContext(tuple(keys), tuple(values), plan.rows, cache)
