@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-slow lint style models fuzz kernels-inspect train-small train-smoke clean
+.PHONY: demo test test-slow lint style models fuzz kernels-inspect train-small train-smoke publish-dry-run clean
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -51,6 +51,10 @@ train-small: models
 train-smoke: models
 	rm -rf runs/smoke
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/train.py --recipe training/recipes/smoke.yaml --export runs/smoke/export
+
+# everything but the upload; with a token (HF_TOKEN) compared with what is on the Hub
+publish-dry-run: models
+	$(BIN)/python scripts/push_to_hub.py all --namespace xcllama --dry-run
 
 clean:
 	rm -rf .venv build dist *.egg-info

@@ -1,0 +1,248 @@
+"""Cards: every section filled, every figure from its file, valid metadata; and what is refused."""
+
+import json
+import re
+import runpy
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from huggingface_hub import EvalResultEntry, ModelCard
+from transformers import BertConfig, LlamaConfig, LlamaForCausalLM
+
+from dataset_builders import SOURCES
+from model_cards.assembling import assemble_kernel, load_source
+from model_cards.costs import cache_bytes, key_value_bytes, projected_bytes
+from model_cards.model_card import checkpoint_card, conversion_card, eval_results_yaml, read_result, token_costs
+from model_cards.rendering import FOLDER, check_card, render
+from modeling_xcllama import XCLlamaConfig, XCLlamaForCausalLM
+from modeling_xcllama.checkpoints import is_added_weights
+
+ROOT = Path(__file__).resolve().parent.parent
+SUPPORT = runpy.run_path(str(Path(__file__).with_name("publishing_support.py")))
+RESULTS = ROOT / "results"
+CHECKPOINTS = [folder for folder in sorted((ROOT / "checkpoints").iterdir()) if is_added_weights(folder)]
+NUMBER = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?")
+
+
+def config_of(folder: Path) -> XCLlamaConfig:
+    fields = json.loads((folder / "config.json").read_text())
+    return XCLlamaConfig(
+        **{name: value for name, value in fields.items() if name in XCLlamaConfig.__dataclass_fields__}
+    )
+
+
+def card_of(folder: Path, results: Path = RESULTS) -> str:
+    return checkpoint_card(folder.name, folder, config_of(folder), results, f"org/{folder.name}")
+
+
+def values_in(data) -> Iterator:
+    """All numbers and strings of a JSON document, keys too."""
+    if isinstance(data, dict):
+        yield from data
+        for value in data.values():
+            yield from values_in(value)
+    elif isinstance(data, list):
+        for value in data:
+            yield from values_in(value)
+    elif data is not None:
+        yield data
+
+
+def written(value) -> set[str]:
+    """The ways a card may write a value: rounded, in hours, in per cent; of a string the numbers in it."""
+    if isinstance(value, str):
+        return set(NUMBER.findall(value))
+    scaled = (value, value / 3600, 100 * value)
+    return {str(value)} | {f"{number:{form}}" for number in scaled for form in (",.0f", ".0f", ".1f", ".2f", ".3f")}
+
+
+def untraced(card: str, folder: Path, template: str = "model_card.md.jinja") -> set[str]:
+    """Numbers of a card that are in none of the files it is filled from, nor in the words of its templates."""
+    sources = [json.loads((folder / name).read_text()) for name in ("training.json", "config.json")]
+    sources.append(yaml.safe_load((folder / "recipe.yaml").read_text()))
+    results = [read_result(RESULTS, name) for name in (f"eval_{folder.name}", f"training_{folder.name}", "demo")]
+    sources += [result for result in results if result is not None]
+    sources.append([SOURCES[name].licence + SOURCES[name].homepage for name in SOURCES])
+    costs = token_costs(config_of(folder))
+    shares = [size / costs["key_value"] for size in (*costs["file"].values(), costs["projected"])]
+    measured = read_result(RESULTS, f"training_{folder.name}")
+    totals = [sum(stage["seconds"] for stage in sources[0]["stages"]), config_of(folder).context_width]
+    totals += [] if measured is None else [sum(measured["parameters"].values())]
+    allowed = set().union(*(written(value) for value in values_in([*sources, costs, shares, totals])))
+    words = [re.sub(r"\{[{%].*?[%}]\}", "", (FOLDER / name).read_text(), flags=re.DOTALL)
+             for name in (template, "_use.md.jinja", "_costs.md.jinja", "_citation.md.jinja")]  # fmt: skip
+    return set(NUMBER.findall(card)) - allowed - set(NUMBER.findall("".join(words)))
+
+
+def test_there_is_a_checkpoint():
+    assert CHECKPOINTS
+
+
+@pytest.mark.parametrize("folder", CHECKPOINTS, ids=lambda folder: folder.name)
+def test_every_figure_is_traced_and_every_section_filled(folder):
+    card = card_of(folder)
+    assert untraced(card, folder) == set()
+    assert untraced(card.replace("## Limits", "## Limits\n0.98765 of all answers"), folder) == {"0.98765"}
+    titles = set(re.findall(r"^## (.*)$", card, re.MULTILINE))
+    assert titles >= {"Use", "What a context token costs", "Training", "Limits", "Citation"}
+    assert ("Evaluation" in titles) == (read_result(RESULTS, f"eval_{folder.name}") is not None)
+    assert ("Held-out figures" in titles) == (read_result(RESULTS, f"training_{folder.name}") is not None)
+
+
+@pytest.mark.parametrize("folder", CHECKPOINTS, ids=lambda folder: folder.name)
+def test_the_metadata_is_valid_and_complete(folder):
+    data, trained = ModelCard(card_of(folder)).data, json.loads((folder / "training.json").read_text())
+    assert (data.library_name, data.pipeline_tag, data.base_model_relation) == (
+        "transformers",
+        "text-generation",
+        "finetune",
+    )
+    assert re.fullmatch("[0-9a-f]{64}", data.base_model_digest)
+    assert set(data.datasets) == {SOURCES[name].hub_id for name in trained["sources"] if name in SOURCES} - {""}
+    assert config_of(folder).base_model_name_or_path in data.base_model
+    evaluation = read_result(RESULTS, f"eval_{folder.name}")
+    if evaluation is None:
+        return
+    # the model index and .eval_results hold the published model's own figures and nothing else
+    own = [run for run in evaluation["runs"] if run["method"].endswith("cross / bfloat16")]
+    found = {(result.dataset_name, result.metric_type): result.metric_value for result in data.eval_results}
+    expected = {(run["task"], name): run["quality"][name]["value"] for run in own for name in ("f1", "exact_match")}
+    assert found == expected
+    entries = yaml.safe_load(eval_results_yaml(evaluation))
+    assert [entry["value"] for entry in entries] == [run["quality"]["f1"]["value"] for run in own]
+    for entry in entries:
+        EvalResultEntry(entry["dataset"]["id"], entry["dataset"]["task_id"], entry["value"], date=entry["date"])
+
+
+def test_a_changed_result_changes_the_card(tmp_path):
+    folder = CHECKPOINTS[0]
+    shutil.copytree(RESULTS, tmp_path / "results")
+    path = tmp_path / "results" / f"eval_{folder.name}.json"
+    result = json.loads(path.read_text())
+    result["runs"][0]["quality"]["f1"]["value"] = 0.98765
+    path.write_text(json.dumps(result))
+    assert "| 0.988 |" in card_of(folder, tmp_path / "results")
+    assert "## Evaluation" not in card_of(folder, tmp_path / "nothing measured")
+    result["provenance"]["machine"] = None
+    path.write_text(json.dumps(result))
+    with pytest.raises(ValueError, match="has an empty slot: a value is None or empty"):
+        card_of(folder, tmp_path / "results")
+
+
+def test_templates_hold_no_figures():
+    """What is typed in a template is the method's name, never a measurement."""
+    known = {"2404.15420", "2024", "95", "16", "0", "5", "256"}
+    for path in FOLDER.glob("*.jinja"):
+        words = re.sub(r"\{[{%].*?[%}]\}|```.*?```|F1", "", path.read_text(), flags=re.DOTALL)
+        if path.name != "dataset_card.md.jinja":
+            assert set(NUMBER.findall(words)) <= known, path
+
+
+def test_non_commercial_data_are_said_in_the_licence(tmp_path):
+    folder = tmp_path / CHECKPOINTS[0].name
+    shutil.copytree(CHECKPOINTS[0], folder)
+    trained = json.loads((folder / "training.json").read_text())
+    trained["sources"].append("sciq")
+    (folder / "training.json").write_text(json.dumps(trained))
+    card = card_of(folder)
+    header = check_card(card, "card")
+    assert (header["license"], header["license_name"]) == ("other", "trained-on-non-commercial-data")
+    assert "for non-commercial use (sciq)" in card
+    (folder / "training.json").unlink()
+    with pytest.raises(ValueError, match=r"has no training\.json, which fills its card"):
+        card_of(folder)
+
+
+@pytest.mark.parametrize(
+    ("base", "name", "licence", "groups"),
+    [
+        ("meta-llama/Llama-2-7b-chat-hf", "xc-llama-2-7b", "llama2", 32),
+        ("meta-llama/Meta-Llama-3-8B", "Llama-3-8B-xc", "llama3", 8),
+    ],
+    ids=["llama-2-7b", "llama-3-8b"],
+)
+def test_cards_of_conversions(base, name, licence, groups):
+    fields = {"num_key_value_heads": groups, "hidden_size": 4096, "num_attention_heads": 32, "num_hidden_layers": 32}
+    config = XCLlamaConfig(**fields, base_model_name_or_path=base, base_model_digest="0" * 64)
+    card = conversion_card(name, config, f"org/{name}", "ServiceNow/xc-cache-checkpoint")
+    header = check_card(card, "card")
+    assert (header["license"], header["base_model"]) == (licence, [base])
+    assert f"| bfloat16 | {2 * 4096:,} |" in card
+    assert f"takes {2 * 2 * 32 * groups * 128:,}." in card
+    assert "Meta" in card
+    if licence == "llama3":
+        with pytest.raises(ValueError, match="begins with 'Llama-3', got 'org/x'"):
+            conversion_card("x", config, "org/x", "somewhere")
+    config.base_model_name_or_path = "someone/else"
+    with pytest.raises(ValueError, match="the licence of someone/else is not known"):
+        conversion_card(name, config, f"org/{name}", "somewhere")
+
+
+def test_bytes_a_token_are_what_a_request_holds(make_llama):
+    """The card's resident bytes are those of keys and values that the model really makes."""
+    for fields in ({}, {"cross_attention_share_weights": True}, {"cross_attention_share_key_value": True}):
+        model = XCLlamaForCausalLM.from_decoder(make_llama().to(torch.bfloat16), **fields)
+        cache = model.encode_context(torch.arange(3, 43)[None])
+        assert cache_bytes(model.config) == cache.bytes_per_token
+        report = model.project_context(cache).memory_report()
+        assert report.key_value_bytes / 40 == projected_bytes(model.config)
+    encoder = XCLlamaConfig(encoder_config=BertConfig(hidden_size=384))
+    assert cache_bytes(encoder) == 768
+    assert key_value_bytes(encoder) == 512 * 1024
+
+
+def test_the_kernel_card(tmp_path):
+    assemble_kernel(tmp_path / "kernel", "org/kernels", RESULTS)
+    card = (tmp_path / "kernel" / "README.md").read_text()
+    assert check_card(card, "card")["license"] == "apache-2.0"
+    assert 'get_kernel("org/kernels", version=1' in card
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("# No header\n", "begins with a YAML header"),
+        ("---\ntags: [a]\n---\n# A\ntext\n", "at least `license`"),
+        ("---\nlicense: mit\ntags: []\n---\n# A\ntext\n", "no value for tags"),
+        ("---\nlicense: mit\n---\n# A\n## B\n\n## C\ntext\n", "the section 'B' is empty"),
+        ("---\nlicense: mit\n---\n# A\ntext {{ slot }}\n", "an empty slot"),
+        ("---\nlicense: mit\n---\n# A\nF1: None\n", "an empty slot"),
+        ("---\nlicense: mit\n---\n# A\n[More Information Needed]\n", "an empty slot"),
+    ],
+)
+def test_cards_that_are_refused(text, message):
+    with pytest.raises(ValueError, match=message):
+        check_card(text, "card")
+
+
+def test_a_slot_without_a_value_is_refused():
+    values = {"header": "license: mit", "name": "x", "repo_id": None}
+    with pytest.raises(ValueError, match=r"conversion_card\.md\.jinja has an empty slot"):
+        render("conversion_card.md.jinja", values)
+
+
+def test_checkpoints_that_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("XCLLAMA_CACHE", str(tmp_path / "cache"))
+    folder = SUPPORT["make_checkpoint"](tmp_path / "cache", tmp_path / "tiny")
+    assert (
+        load_source(folder)[0].base_digest() == json.loads((folder / "config.json").read_text())["base_model_digest"]
+    )
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"is no checkpoint: it has no config\.json"):
+        load_source(tmp_path / "empty")
+    shutil.copy(folder / "config.json", tmp_path / "empty")
+    with pytest.raises(ValueError, match=r"has no weights: neither cross_attention\.safetensors nor"):
+        load_source(tmp_path / "empty")
+    base = tmp_path / "cache" / "models" / "SmolLM2-135M-Instruct"
+    config = LlamaConfig.from_pretrained(base)
+    torch.manual_seed(5)
+    LlamaForCausalLM(config).save_pretrained(base)
+    with pytest.raises(ValueError, match=r"was trained on a base of digest [0-9a-f]{12}, the one found has"):
+        load_source(folder)
+    shutil.rmtree(base)
+    with pytest.raises(ValueError, match=r"needs the base HuggingFaceTB/SmolLM2-135M-Instruct, which cannot be found"):
+        load_source(folder)
