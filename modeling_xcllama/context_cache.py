@@ -286,14 +286,14 @@ class ProjectedContext:
         keys, values: one entry a projection, `[num_tokens, kv_heads, head_dim]`, tensors or `QuantizedTensor`s.
         rows: which tokens each row reads (`ContextRows`).
         cache: the cache they came from.
-        assistant: what the draft model of assisted decoding reads in its place, None: nothing.
+        assistant: what assisted decoding drafts from: the draft model's own context, a `ContextLookup`, or None.
     """
 
     keys: tuple
     values: tuple
     rows: object
     cache: ContextCache
-    assistant: "ProjectedContext | None" = None
+    assistant: object = None
 
     def __len__(self) -> int:
         """Number of rows."""

@@ -4,10 +4,13 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
+from transformers.generation.candidate_generator import CandidateGenerator
 from transformers.generation.utils import GenerateOutput
 from transformers.modeling_utils import PreTrainedModel
 
 from .context_cache import ContextCache, ProjectedContext
+from .context_lookup import LONGEST_MATCH, ContextLookup, ContextLookupCandidateGenerator
 
 
 class ContextGenerationMixin:
@@ -23,6 +26,7 @@ class ContextGenerationMixin:
         context_attention_mask: Tensor | None = None,
         assistant_model: PreTrainedModel | None = None,
         assistant_context_cache: ContextCache | ProjectedContext | None = None,
+        context_lookup_num_tokens: int | None = None,
         **kwargs,
     ) -> GenerateOutput | torch.LongTensor:
         """`GenerationMixin.generate` from cached contexts: they are encoded and projected once, before the first step.
@@ -32,9 +36,14 @@ class ContextGenerationMixin:
             assistant_model: draft model of assisted decoding, XC or not.
             assistant_context_cache: what an XC draft reads; None: the same cache where the draft can read it. A draft
                 that is no XC model reads no context.
+            context_lookup_num_tokens: draft this many tokens at a time from the context's own text, where the last
+                tokens of the answer (`max_matching_ngram_size`, default 4) stand in it, and verify them in one pass.
+                Greedy answers stay the same. With `return_dict_in_generate=True` the output's `context_lookup` says
+                how many tokens were drafted and accepted (`ContextLookup`). One row only.
 
         Raises:
-            ValueError: a context that does not fit the batch, the model or the draft.
+            ValueError: a context that does not fit the batch, the model or the draft; a lookup without a context, or
+                beside another draft.
         """
         given = next((kwargs[name] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None), inputs)
         batch = None if given is None else given.shape[0]
@@ -46,7 +55,26 @@ class ContextGenerationMixin:
             kwargs["context_cache"] = context if draft is None else replace(context, assistant=draft)
         elif assistant_context_cache is not None:
             raise ValueError("`assistant_context_cache` needs a `context_cache` for the model itself.")
-        return super().generate(inputs, *args, **kwargs)
+        if context_lookup_num_tokens is None:
+            return super().generate(inputs, *args, **kwargs)
+        lookup = self._context_lookup(context, kwargs)
+        kwargs["context_cache"] = replace(context, assistant=lookup)
+        output = super().generate(inputs, *args, prompt_lookup_num_tokens=context_lookup_num_tokens, **kwargs)
+        if not isinstance(output, Tensor):
+            output.context_lookup = lookup
+        return output
+
+    def _context_lookup(self, context: ProjectedContext | None, kwargs: dict) -> ContextLookup:
+        if context is None:
+            raise ValueError("`context_lookup_num_tokens` needs a context to look into: pass `context_cache`.")
+        if other := [name for name in ("assistant_model", "prompt_lookup_num_tokens") if kwargs.get(name) is not None]:
+            raise ValueError(f"`context_lookup_num_tokens` drafts by itself: leave out `{other[0]}`.")
+        if self.model.encoder is not None:
+            raise ValueError(
+                "`context_lookup_num_tokens` needs the decoder's token ids, the cache has its encoder's; leave it out."
+            )
+        # more rows are refused by assisted decoding
+        return ContextLookup(context.cache.row_token_ids(0).long())
 
     def _expand_inputs_for_generation(
         self,
@@ -62,7 +90,18 @@ class ContextGenerationMixin:
             model_kwargs["context_cache"] = context.select(rows)
         return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
 
-    def _get_candidate_generator(self, *args, model_kwargs: dict, assistant_model=None, **kwargs):
+    def _get_candidate_generator(
+        self, *args, generation_config: GenerationConfig, model_kwargs: dict, assistant_model=None, **kwargs
+    ) -> CandidateGenerator:
+        lookup = getattr(model_kwargs.get("context_cache"), "assistant", None)
+        if isinstance(lookup, ContextLookup):
+            return ContextLookupCandidateGenerator(
+                lookup,
+                eos_token_id=generation_config._eos_token_tensor,
+                num_output_tokens=generation_config.prompt_lookup_num_tokens,
+                max_matching_ngram_size=generation_config.max_matching_ngram_size or LONGEST_MATCH,
+                max_length=generation_config.max_length,
+            )
         # a draft gets a context of its own, or none; only self-speculation reads the model's
         if assistant_model is not None and "context_cache" in model_kwargs:
             model_kwargs = dict(model_kwargs)
@@ -70,7 +109,11 @@ class ContextGenerationMixin:
             if draft is not None:
                 model_kwargs["context_cache"] = draft
         return super()._get_candidate_generator(
-            *args, model_kwargs=model_kwargs, assistant_model=assistant_model, **kwargs
+            *args,
+            generation_config=generation_config,
+            model_kwargs=model_kwargs,
+            assistant_model=assistant_model,
+            **kwargs,
         )
 
     @torch.no_grad()
