@@ -185,7 +185,7 @@ def encode_task(task: Task, model, processor, settings: Settings) -> bool:
     name = f"shards/shard-{task.number:06d}.safetensors"
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch, "shard.safetensors")
-        nbytes, header = write_shard(path, pending.cache(fingerprint))
+        nbytes, header = write_shard(path, pending.parts(), fingerprint)
         shard = ShardEntry(name, nbytes, sha256_of(path), header.hex())
         settings.folder.upload(path, name)
     fields = {

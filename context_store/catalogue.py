@@ -11,12 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from .changes import Changes
 from .locations import Location, Locations
 from .schema import CATALOGUE_NAME, FORMAT, FORMAT_VERSION, SCHEMA, check_meta, connect, sync_folder
 
 FOREVER = float("inf")
 _INHERITED: list[sqlite3.Connection] = []
 REMOVALS_KEPT = 100_000
+# seconds for which the token of `Changes` is believed: a writer may die between its commit and the token
+BELIEVED = 0.1
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,9 @@ class Catalogue:
     def __init__(self, folder: Path, read_only: bool, meta: dict[str, str] | None = None):
         self.path = folder / CATALOGUE_NAME
         self.read_only = read_only
-        self.word_counts: dict[str, int] = {}
+        # what searches found out about words, and the number of documents then
+        self.matches: dict = {}
+        self.matched_size = 0
         if read_only and not self.path.is_file():
             raise FileNotFoundError(f"no context store at {self.path}.")
         try:
@@ -83,8 +88,10 @@ class Catalogue:
         self._pid = os.getpid()
         self._lock = threading.RLock()
         self._connection = connect(self.path, self.read_only)
+        self._changes = Changes(self.path.parent, self.read_only)
         self.locations = Locations()
-        self._version, self._data_version = -1, None
+        self.version, self._data_version = -1, None
+        self._seen, self._believed = None, 0.0
 
     def _create(self, meta: dict[str, str]) -> None:
         with self.transaction() as connection:
@@ -136,6 +143,7 @@ class Catalogue:
                 connection.execute("COMMIT")
                 # this connection's own changes do not move `data_version`
                 self._data_version = None
+                self._changes.renew()
             except BaseException as error:
                 if connection.in_transaction:
                     connection.execute("ROLLBACK")
@@ -158,29 +166,33 @@ class Catalogue:
 
     def refresh(self) -> None:
         """Take over what any process committed since the last call."""
+        token, now = self._changes.token, time.monotonic()
+        if token is not None and token == self._seen and now < self._believed:
+            return
         with self.lock:
-            connection = self._connection
-            data_version = connection.execute("PRAGMA data_version").fetchone()[0]
-            if data_version == self._data_version:
-                return
-            connection.execute("BEGIN")
-            try:
-                meta = dict(
-                    connection.execute("SELECT key, value FROM meta WHERE key IN ('version', 'removed_floor')")
-                )
-                if int(meta["removed_floor"]) > self._version >= 0:
-                    self.locations, self._version = Locations(), -1
-                if self._version >= 0:
-                    for (gone,) in connection.execute("SELECT id FROM removed WHERE version > ?", (self._version,)):
-                        self.locations.set(gone, None)
-                for row in connection.execute(
-                    "SELECT id, document, shard, start, tokens, expires FROM documents WHERE version > ?",
-                    (self._version,),
-                ):
-                    self.locations.set(row[0], Location(*row[1:]))
-                self._version, self._data_version = int(meta["version"]), data_version
-            finally:
-                connection.execute("COMMIT")
+            self._take_over(self._connection)
+        self._seen, self._believed = token, now + BELIEVED
+
+    def _take_over(self, connection: sqlite3.Connection) -> None:
+        data_version = connection.execute("PRAGMA data_version").fetchone()[0]
+        if data_version == self._data_version:
+            return
+        connection.execute("BEGIN")
+        try:
+            meta = dict(connection.execute("SELECT key, value FROM meta WHERE key IN ('version', 'removed_floor')"))
+            if int(meta["removed_floor"]) > self.version >= 0:
+                self.locations, self.version = Locations(), -1
+            if self.version >= 0:
+                for (gone,) in connection.execute("SELECT id FROM removed WHERE version > ?", (self.version,)):
+                    self.locations.set(gone, None)
+            for row in connection.execute(
+                "SELECT id, document, shard, start, tokens, expires FROM documents WHERE version > ?",
+                (self.version,),
+            ):
+                self.locations.set(row[0], Location(*row[1:]))
+            self.version, self._data_version = int(meta["version"]), data_version
+        finally:
+            connection.execute("COMMIT")
 
     def locate(self, document_id: str) -> Location | None:
         """Where a document lies as of the last `refresh`; None if there is none."""

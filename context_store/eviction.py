@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .catalogue import Catalogue
-from .shards import DamagedShardError, MappedShard, cache_of_parts, gather, offsets_of, write_shard
+from .shards import DamagedShardError, MappedShard, offsets_of, slices, write_shard
 
 SHARD_SUFFIX = ".safetensors"
 
@@ -185,10 +185,11 @@ def rewrite(catalogue: Catalogue, folder: Path, shards: list[int]) -> bool:
                 catalogue.mark_damaged([document.id])
     if spans:
         offsets = offsets_of(tokens for _, _, tokens in spans)
-        cache = cache_of_parts(gather(spans), offsets, catalogue.meta["fingerprint"])
         name = new_shard_name()
         with writing(folder):
-            nbytes, header_checksum = write_shard(folder / "shards" / name, cache)
+            nbytes, header_checksum = write_shard(
+                folder / "shards" / name, slices(spans), catalogue.meta["fingerprint"]
+            )
             catalogue.move(name, nbytes, header_checksum, zip(moved, offsets, strict=False))
     drop_dead_shards(catalogue, folder)
     return bool(shards)

@@ -6,7 +6,6 @@ from typing import NamedTuple
 import numpy
 
 MERGE_EVERY = 8192
-RECENT = 16384
 FIELDS = numpy.dtype(
     [
         ("high", "u8"),
@@ -47,7 +46,6 @@ class Locations:
         # contiguous: a search in a strided column would copy it
         self._high = numpy.empty(0, numpy.uint64)
         self._overlay: dict[bytes, Location | None] = {}
-        self._recent: dict[str, Location] = {}
         self._count = 0
 
     def __len__(self) -> int:
@@ -60,14 +58,7 @@ class Locations:
 
     def get(self, document_id: str) -> Location | None:
         """The location of a document, None where there is none."""
-        place = self._recent.get(document_id)
-        if place is None:
-            place = self._find(_key(document_id))
-            if place is not None:
-                if len(self._recent) >= RECENT:
-                    self._recent.clear()
-                self._recent[document_id] = place
-        return place
+        return self._find(_key(document_id))
 
     def _find(self, key: bytes) -> Location | None:
         if key in self._overlay:
@@ -91,7 +82,6 @@ class Locations:
     def set(self, document_id: str, location: Location | None) -> None:
         """Record where a document lies, or with None that it is gone."""
         key = _key(document_id)
-        self._recent.pop(document_id, None)
         self._count += (location is not None) - (self._find(key) is not None)
         self._overlay[key] = location
         if len(self._overlay) > self._merge_every + len(self._table) // 8:

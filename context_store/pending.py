@@ -8,7 +8,7 @@ from torch import Tensor
 from modeling_xcllama.context_cache import ContextCache
 
 from .catalogue import NewDocument
-from .shards import DOCUMENT_BYTES, cache_of_parts, document_checksums, join_tokens, offsets_of, state_parts
+from .shards import document_checksums, state_parts
 
 
 @dataclass
@@ -78,10 +78,9 @@ class PendingShard:
         self.nbytes += document.nbytes
         self._parts.append(parts)
 
-    def cache(self, fingerprint: str) -> ContextCache:
-        """All states, one row a document."""
-        parts = {name: join_tokens([part[name] for part in self._parts]) for name in self._parts[0]}
-        return cache_of_parts(parts, offsets_of(row.tokens for row in self.rows), fingerprint)
+    def parts(self) -> dict[str, list[Tensor]]:
+        """All states by name, one tensor a document."""
+        return {name: [part[name] for part in self._parts] for name in self._parts[0]}
 
     def clear(self) -> None:
         """Start the next shard."""
@@ -96,7 +95,7 @@ def split_documents(
     for index, (name, text, metadata) in enumerate(rows):
         start, end = cache.offsets[index], cache.offsets[index + 1]
         own = {key: part[start:end] for key, part in parts.items()}
-        size = sum(part.nbytes for part in own.values()) + DOCUMENT_BYTES
+        size = sum(part.nbytes for part in own.values())
         yield (
             NewDocument(name, text, hashes[index], metadata or {}, 0, end - start, size, sums[index], expires),
             own,

@@ -4,9 +4,14 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from itertools import islice
 from time import perf_counter
+
+import numpy
+from torch import Tensor
 
 from modeling_xcllama.context_cache import ContextCache
 
@@ -15,9 +20,10 @@ from .counters import Counters, Metrics
 from .locations import Location
 from .pending import VerifyReport
 from .searching import Hit, search
-from .shards import DamagedShardError, MappedShard, cache_of_parts, gather, offsets_of
+from .shards import DamagedShardError, MappedShard, cache_of_parts, offsets_of
 
 OPEN_SHARDS = 256
+VIEWS = 4096
 ATTEMPTS = 5
 
 
@@ -44,8 +50,21 @@ class DamagedDocumentError(ValueError):
         )
 
 
+@dataclass(eq=False, slots=True)
+class View:
+    """A document that was read: where it lies, its rows there, and its cache if it was asked for alone."""
+
+    place: Location
+    shard: MappedShard
+    rows: dict[str, numpy.ndarray]
+    cache: ContextCache | None = None
+
+
 class ShardReader:
     """The open shards of a namespace, and reading documents from them.
+
+    A document's checksum is compared when it is first read through an open shard. Every later read looks whether the
+    shard's file is there, has its size and was not written to since; if it was, checksums are compared again.
 
     Args:
         catalogue: knows where documents lie.
@@ -58,6 +77,9 @@ class ShardReader:
         self._open_shard = open_shard
         self._metrics = metrics
         self._shards: OrderedDict[int, MappedShard] = OrderedDict()
+        # of the version of the catalogue that they were read under
+        self._views: dict[str, View] = {}
+        self._version = -1
         self._lock = threading.Lock()
         self.token_bytes = 0
 
@@ -90,9 +112,21 @@ class ShardReader:
         return shard
 
     def forget(self, number: int) -> None:
-        """Close a shard; views of it stay valid."""
+        """Close a shard; what `read` gave stays valid."""
         with self._lock:
+            self._views = {}
             self._shards.pop(number, None)
+
+    def refresh(self) -> None:
+        """Take over what was committed; let go of views and of shards that are no more: they hold room on the disk."""
+        self._catalogue.refresh()
+        if self._version != self._catalogue.version:
+            with self._lock:
+                self._version, self._views = self._catalogue.version, {}
+                numbers = list(self._shards)
+            live = set(self._catalogue.live_shards()) if numbers else set()
+            for number in set(numbers) - live:
+                self.forget(number)
 
     def locate(self, ids: Sequence[str], where: str) -> list[Location]:
         """Where documents lie now.
@@ -100,7 +134,7 @@ class ShardReader:
         Raises:
             MissingDocumentError: unknown, evicted or expired ids.
         """
-        self._catalogue.refresh()
+        self.refresh()
         locations = [self._catalogue.locate(document_id) for document_id in ids]
         now = time.time()
         missing = [n for n, place in zip(ids, locations, strict=True) if place is None or place.expires <= now]
@@ -109,19 +143,49 @@ class ShardReader:
             raise MissingDocumentError(missing, where)
         return locations
 
-    def read(self, ids: Sequence[str], fingerprint: str, where: str) -> tuple[ContextCache, list[Location]]:
+    def read(self, ids: Sequence[str], fingerprint: str, where: str) -> tuple[ContextCache, list[View]]:
         """One row for each of `ids`: views of the mapped shard where they lie back to back, else one copy.
 
         Raises:
             MissingDocumentError: unknown, evicted or expired ids.
             DamagedDocumentError: documents that fail their checksum.
         """
+        self.refresh()
+        views = self._known(ids) or self._look_up(ids, where)
+        if len(views) == 1 and views[0].cache is not None:
+            return views[0].cache, views
+        unique = sorted(set(views), key=lambda view: (view.place.shard, view.place.start))
+        rows = None
+        if unique != views:
+            position = {view: index for index, view in enumerate(unique)}
+            rows = tuple((position[view],) for view in views)
+        offsets = offsets_of(view.place.tokens for view in unique)
+        cache = cache_of_parts(gather(unique, offsets), offsets, fingerprint, rows)
+        if len(views) == 1:
+            views[0].cache = cache
+        return cache, views
+
+    def _known(self, ids: Sequence[str]) -> list[View] | None:
+        """Views of documents that were all read before, if they and their files are unchanged."""
+        views, now = [], time.time()
+        for document_id in ids:
+            view = self._views.get(document_id)
+            if view is None or view.place.expires <= now:
+                return None
+            views.append(view)
+        try:
+            for shard in {view.shard for view in views}:
+                shard.check()
+        except DamagedShardError:
+            return None
+        return views if all(view.place.document in view.shard.verified for view in views) else None
+
+    def _look_up(self, ids: Sequence[str], where: str) -> list[View]:
+        """Views of documents by the catalogue, checksums compared."""
+        kept = self._views
         for attempt in range(ATTEMPTS):
             locations = self.locate(ids, where)
-            unique = locations
-            if len(locations) > 1:
-                unique = sorted(set(locations), key=lambda place: (place.shard, place.start))
-            damaged, shards = self._check(unique)
+            damaged, shards = self._check(set(locations))
             if not damaged:
                 break
             # a writer may have moved or replaced them since they were looked up
@@ -135,12 +199,18 @@ class ShardReader:
                 if not self._catalogue.read_only:
                     self._catalogue.mark_damaged(real)
                 raise DamagedDocumentError(real, where)
-        parts = gather([(shards[place.shard], place.start, place.tokens) for place in unique])
-        position = {place: index for index, place in enumerate(unique)}
-        rows = tuple((position[place],) for place in locations)
-        return cache_of_parts(parts, offsets_of(place.tokens for place in unique), fingerprint, rows), locations
+        views = {}
+        for name, place in zip(ids, locations, strict=True):
+            shard = shards[place.shard]
+            rows = {part: rows[place.start : place.start + place.tokens] for part, rows in shard.rows.items()}
+            views[name] = View(place, shard, rows)
+        if kept is self._views:
+            if len(kept) + len(views) > VIEWS:
+                kept.clear()
+            kept.update(islice(views.items(), VIEWS))
+        return [views[name] for name in ids]
 
-    def _check(self, places: Sequence[Location]) -> tuple[set[Location], dict[int, MappedShard]]:
+    def _check(self, places: Collection[Location]) -> tuple[set[Location], dict[int, MappedShard]]:
         """Verify what is read for the first time; returns the damaged ones and the open shards."""
         shards: dict[int, MappedShard] = {}
         damaged: set[Location] = set()
@@ -162,6 +232,17 @@ class ShardReader:
                     else:
                         damaged.add(place)
         return damaged, shards
+
+
+def gather(views: Sequence[View], offsets: Sequence[int]) -> dict[str, Tensor]:
+    """The parts of documents, `offsets` apart: views of the mapped shard if they lie there so, else one copy."""
+    shard, start = views[0].shard, views[0].place.start
+    if all(v.shard is shard and v.place.start == start + offset for v, offset in zip(views, offsets, strict=False)):
+        return {name: tensor[start : start + offsets[-1]] for name, tensor in shard.tensors.items()}
+    # numpy asks for huge pages where much is copied, torch does not
+    return {
+        name: part.tensor(numpy.concatenate([view.rows[name] for view in views])) for name, part in shard.parts.items()
+    }
 
 
 class ReadableStore(ABC):
@@ -208,15 +289,15 @@ class ReadableStore(ABC):
         """
         return self._get(ids)[0]
 
-    def _get(self, ids: str | Sequence[str]) -> tuple[ContextCache, list[Location]]:
+    def _get(self, ids: str | Sequence[str]) -> tuple[ContextCache, list[View]]:
         ids = [ids] if isinstance(ids, str) else list(ids)
         if not ids:
             raise ValueError("`ids` must name at least one document, got an empty list.")
         begin = perf_counter()
-        cache, locations = self._reader.read(ids, self.catalogue.meta["fingerprint"], self._where)
+        cache, views = self._reader.read(ids, self.catalogue.meta["fingerprint"], self._where)
         nbytes = cache.offsets[-1] * self._reader.token_bytes
         self.metrics.got(len(ids), nbytes, perf_counter() - begin)
-        return cache, locations
+        return cache, views
 
     def search(self, query: str, k: int = 4, where: dict | None = None) -> list[Hit]:
         """The `k` documents that match `query` best by BM25 over their words.

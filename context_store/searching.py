@@ -4,6 +4,7 @@ import json
 import re
 import time
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from .catalogue import Catalogue, marks
 
@@ -13,8 +14,18 @@ STOP_WORDS = frozenset(
     "is it its me my no not of on or our she should so some than that the their them then there these they this to "
     "was we were what when where which who whom whose why will with would you your".split()
 )
-# documents that the words of one query may have, together, before common ones are left out
-POSTINGS = 10_000
+# documents that are ranked in one search, about: BM25 takes a microsecond for each
+POSTINGS = 4_000
+MATCHES_KEPT = 5_000
+# of all documents: commoner words never narrow a search
+STOP_PART = 0.25
+
+
+class Matches(NamedTuple):
+    """Documents that match an expression, estimated above `POSTINGS`, and the first of the newest `POSTINGS` rows."""
+
+    count: int
+    first: int
 
 
 @dataclass(frozen=True)
@@ -29,35 +40,58 @@ class Hit:
 
 
 def match_expression(catalogue: Catalogue, query: str) -> str | None:
-    """An FTS5 expression: any of the words of `query`, the rarest first, while few enough documents have them."""
+    """An FTS5 expression that few documents match, if the words of `query` allow one.
+
+    Any of the words, the rarest first, as long as they have at most `POSTINGS` documents together; where the rarest
+    has more by itself, it and the next one in one document.
+    """
     words = list(dict.fromkeys(re.findall(r"\w+", query.lower())))
     words = [word for word in words if word not in STOP_WORDS] or words
-    counts = {word: count_documents(catalogue, word) for word in words}
-    chosen, total = [], 0
-    for word in sorted(words, key=counts.__getitem__):
+    counts = {f'"{word}"': matches(catalogue, f'"{word}"').count for word in words}
+    rarest, *others = sorted((word for word in counts if counts[word]), key=counts.__getitem__) or [None]
+    if rarest is None:
+        return None
+    chosen, total = [rarest], counts[rarest]
+    if total > POSTINGS:
+        # BM25 reads all postings of a word: those of the commonest take longest and say least
+        both = [f"{rarest} AND {word}" for word in others[:1] if counts[word] < STOP_PART * len(catalogue.locations)]
+        return next((expression for expression in both if matches(catalogue, expression).count), rarest)
+    for word in others:
         total += counts[word]
-        # words that nearly all documents have cost most and say least
-        if total > POSTINGS and chosen and counts[chosen[-1]]:
+        if total > POSTINGS:
             break
         chosen.append(word)
-    return " OR ".join(f'"{word}"' for word in chosen) or None
+    return " OR ".join(chosen)
 
 
-def count_documents(catalogue: Catalogue, word: str) -> int:
-    """Documents that have `word`, counted up to `POSTINGS` + 1 and remembered while the corpus keeps its size."""
-    counts = catalogue.word_counts
-    size = len(catalogue.locations)
-    if abs(size - counts.get("", 0)) * 10 > size or len(counts) > 20_000:
-        counts.clear()
-        counts[""] = size
-    if word not in counts:
-        query = "SELECT COUNT(*) FROM (SELECT 1 FROM words WHERE words MATCH ? LIMIT ?)"
-        counts[word] = catalogue.rows(query, (f'"{word}"', POSTINGS + 1))[0][0]
-    return counts[word]
+def matches(catalogue: Catalogue, expression: str) -> Matches:
+    """What matches an expression, remembered while the corpus keeps its size."""
+    known, size = catalogue.matches, len(catalogue.locations)
+    if abs(size - catalogue.matched_size) * 50 > size or len(known) > MATCHES_KEPT:
+        known.clear()
+        catalogue.matched_size = size
+    if expression in known:
+        return known[expression]
+    found, first, last = catalogue.rows(
+        "SELECT COUNT(*), MIN(rowid), (SELECT MAX(document) FROM texts) FROM "
+        "(SELECT rowid FROM words WHERE words MATCH ? ORDER BY rowid DESC LIMIT ?)",
+        (expression, POSTINGS + 1),
+    )[0]
+    result = Matches(found, 0)
+    if found > POSTINGS:
+        # as many again for every so many rows
+        result = Matches(max(found, found * size // (last - first + 1)), first)
+    # a word that nothing has may stand in the next document
+    if found:
+        known[expression] = result
+    return result
 
 
 def search(catalogue: Catalogue, query: str, k: int, where: dict | None) -> list[Hit]:
-    """The `k` documents that match `query` best and have the metadata `where`."""
+    """The `k` documents that match `query` best and have the metadata `where`.
+
+    What more than `POSTINGS` documents match is ranked among the newest of them, unless `where` or `k` asks for more.
+    """
     catalogue.refresh()
     expression = match_expression(catalogue, query)
     if expression is None:
@@ -67,10 +101,11 @@ def search(catalogue: Catalogue, query: str, k: int, where: dict | None) -> list
         allowed = list(value) if isinstance(value, list | tuple | set) else [value]
         filters += f" AND json_extract(documents.metadata, ?) IN ({marks(allowed)})"
         values += ["$." + json.dumps(field, ensure_ascii=False), *allowed]
+    first = 0 if where or k > POSTINGS else matches(catalogue, expression).first
     rows = catalogue.rows(
         "SELECT documents.id, -words.rank, snippet(words, 0, '', '', ' ... ', 32), documents.metadata, "
         "documents.tokens FROM words JOIN documents ON documents.document = words.rowid "
-        f"WHERE words MATCH ? AND documents.expires > ?{filters} ORDER BY words.rank LIMIT ?",
-        (expression, time.time(), *values, k),
+        f"WHERE words MATCH ? AND words.rowid >= ? AND documents.expires > ?{filters} ORDER BY words.rank LIMIT ?",
+        (expression, first, time.time(), *values, k),
     )
     return [Hit(row[0], row[1], row[2], json.loads(row[3]), row[4]) for row in rows]

@@ -1,12 +1,14 @@
-"""Shards: immutable safetensors files of many documents (each a `ContextCache` file), mapped, checked, sliced.
+"""Shards: immutable safetensors files of many documents, written in one pass, mapped, checked, sliced.
 
-A document's checksum covers its slice of every tensor, so one document can be checked without reading its shard.
+A document's checksum covers its slice of every tensor, so one document can be checked without reading its shard: it
+is compared when a document is first read through an open shard, and again if the file was written to since.
 """
 
 import json
 import mmap
 import os
-from collections.abc import Iterable, Sequence
+import secrets
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from math import prod
@@ -31,11 +33,10 @@ DTYPES = {
     "I32": torch.int32,
     "I64": torch.int64,
 }
-# bytes from which a copy is worth huge pages
-HUGE = 4 << 20
 SUFFIXES = ("", ".scale", ".zero")
-# bytes of a header that are not states, at most: its fields, and `offsets`, `rows`, `row_offsets` of each document
-HEADER_BYTES, DOCUMENT_BYTES = 4096, 24
+FORMAT = "xcllama-context-shard"
+# bytes of a header, at most; the states behind it start at a multiple of ALIGNMENT
+HEADER_BYTES, ALIGNMENT = 4096, 64
 
 
 class DamagedShardError(ValueError):
@@ -50,6 +51,15 @@ class Part:
     token_bytes: int
     dtype: torch.dtype
     shape: tuple[int, ...]
+
+    def rows(self, raw: numpy.ndarray) -> numpy.ndarray:
+        """The part in the bytes of its shard, uint8 `[tokens, token_bytes]`."""
+        count = self.shape[0] * self.token_bytes
+        return raw[self.offset : self.offset + count].reshape(self.shape[0], self.token_bytes)
+
+    def tensor(self, rows: numpy.ndarray) -> Tensor:
+        """Such rows in the part's dtype and shape; a view."""
+        return torch.from_numpy(rows).view(self.dtype).view(-1, *self.shape[1:])
 
 
 def state_parts(cache: ContextCache) -> dict[str, Tensor]:
@@ -80,23 +90,24 @@ def checksum(buffers: Iterable) -> bytes:
     return digest.digest()
 
 
+def _bytes_of(tensor: Tensor) -> numpy.ndarray:
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy()
+
+
 def document_checksums(cache: ContextCache) -> list[bytes]:
     """The checksum of each document of `cache`."""
-    parts = [tensor.contiguous() for _, tensor in sorted(state_parts(cache).items())]
-    raw = [(part.reshape(-1).view(torch.uint8).numpy(), prod(part.shape[1:]) * part.element_size()) for part in parts]
+    raw = [(_bytes_of(part), prod(part.shape[1:]) * part.itemsize) for _, part in sorted(state_parts(cache).items())]
     spans = zip(cache.offsets[:-1], cache.offsets[1:], strict=True)
     return [checksum(data[start * size : end * size] for data, size in raw) for start, end in spans]
 
 
-def _umask() -> int:
-    # the umask can only be read by setting it; /proc tells it without
-    status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.exists() else []
-    return next((int(line.split()[1], 8) for line in lines if line.startswith("Umask:")), 0o022)
+def write_shard(path: Path, parts: Mapping[str, Sequence[Tensor]], fingerprint: str) -> tuple[int, bytes]:
+    """Write a shard durably and in one pass: temporary file, fsync, rename, fsync of the folder.
 
-
-def write_shard(path: Path, cache: ContextCache) -> tuple[int, bytes]:
-    """Write a shard durably: temporary file, fsync, rename, fsync of the folder.
+    Args:
+        path: of the shard.
+        parts: by name the rows of each document, `[tokens, ...]`, in the order they are to lie in.
+        fingerprint: of the states, for the header.
 
     Returns:
         The file's size and the checksum of its header.
@@ -104,19 +115,46 @@ def write_shard(path: Path, cache: ContextCache) -> tuple[int, bytes]:
     Raises:
         OSError: the disk is full, or the folder cannot be written.
     """
+    header, nbytes = _header(parts, fingerprint)
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
-        cache.save(path)
-        # safetensors makes files that only their owner may read
-        path.chmod(0o666 & ~_umask())
-    except OSError:
-        raise
-    except Exception as error:
-        # safetensors reports a full disk as an error of its own
-        if "I/O" not in str(error) and "os error" not in str(error):
-            raise
-        raise OSError(f"{path} could not be written: {error}.") from error
+        with open(partial, "wb") as file:
+            file.write(header)
+            for name in _order(parts):
+                for piece in parts[name]:
+                    file.write(_bytes_of(piece))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
     sync_folder(path.parent)
-    return path.stat().st_size, MappedShard.header_checksum(path)
+    return len(header) + nbytes, checksum([header])
+
+
+def _order(parts: Mapping[str, Sequence[Tensor]]) -> list[str]:
+    """Rows of whole cache lines first (copying others takes a tenth longer), then wide numbers: all are aligned."""
+
+    def key(name: str) -> tuple[bool, int]:
+        piece = parts[name][0]
+        return bool(prod(piece.shape[1:]) * piece.itemsize % ALIGNMENT), -piece.itemsize
+
+    return sorted(parts, key=key)
+
+
+def _header(parts: Mapping[str, Sequence[Tensor]], fingerprint: str) -> tuple[bytes, int]:
+    """The safetensors header of a shard, padded, and the bytes behind it."""
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    fields: dict = {"__metadata__": {"format": FORMAT, "fingerprint": fingerprint}}
+    end = 0
+    for name in _order(parts):
+        pieces = parts[name]
+        begin, end = end, end + sum(piece.nbytes for piece in pieces)
+        shape = [sum(len(piece) for piece in pieces), *pieces[0].shape[1:]]
+        fields[name] = {"dtype": names[pieces[0].dtype], "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(fields).encode()
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text, end
 
 
 def read_header(file) -> bytes:
@@ -132,6 +170,7 @@ def parse_header(header: bytes) -> dict[str, Part]:
     """The parts with one row a token that a header names."""
     parts = {}
     for name, entry in json.loads(header[8:]).items():
+        # older shards have lists of documents too
         if name.removesuffix(".scale").removesuffix(".zero") in ("token_ids", "hidden", "key", "value"):
             shape, dtype = tuple(entry["shape"]), DTYPES[entry["dtype"]]
             size = prod(shape[1:]) * dtype.itemsize
@@ -146,22 +185,26 @@ class MappedShard:
         DamagedShardError: the file is gone, has another size or another header than the catalogue says.
     """
 
+    writable = False
+
     def __init__(self, path: Path, nbytes: int, header_checksum: bytes):
         self.path, self.nbytes = path, nbytes
         self.verified: set[int] = set()
         try:
-            with open(path, "rb") as file:
-                self._modified = self._check_size(os.fstat(file.fileno()))
-                header = read_header(file)
-                if checksum([header]) != header_checksum:
-                    raise DamagedShardError(f"{path} has an altered header.")
-                # private and writable: torch warns about read-only buffers, and nothing we do reaches the file
-                self._map = mmap.mmap(file.fileno(), nbytes, access=mmap.ACCESS_COPY)
+            self._file = open(path, "r+b" if self.writable else "rb", buffering=0)  # noqa: SIM115
         except FileNotFoundError as error:
             raise DamagedShardError(f"{path} is gone.") from error
+        self._modified = self._check_status()
+        header = read_header(self._file)
+        if checksum([header]) != header_checksum:
+            raise DamagedShardError(f"{path} has an altered header.")
+        # private and writable: torch warns about read-only buffers, and nothing we do reaches the file
+        self._map = mmap.mmap(self._file.fileno(), nbytes, access=mmap.ACCESS_COPY)
         self.parts = parse_header(header)
         self.names = sorted(self.parts)
-        self.tensors = {name: self._tensor(part) for name, part in self.parts.items()}
+        raw = numpy.frombuffer(self._map, numpy.uint8)
+        self.rows = {name: part.rows(raw) for name, part in self.parts.items()}
+        self.tensors = {name: part.tensor(self.rows[name]) for name, part in self.parts.items()}
 
     @staticmethod
     def header_checksum(path: Path) -> bytes:
@@ -169,16 +212,14 @@ class MappedShard:
         with open(path, "rb") as file:
             return checksum([read_header(file)])
 
-    def _check_size(self, status: os.stat_result) -> int:
+    def _check_status(self) -> int:
+        """Time of the last write to the file that is open."""
+        status = os.fstat(self._file.fileno())
+        if not status.st_nlink:
+            raise DamagedShardError(f"{self.path} is gone.")
         if status.st_size != self.nbytes:
             raise DamagedShardError(f"{self.path} has {status.st_size} bytes, the catalogue says {self.nbytes}.")
         return status.st_mtime_ns
-
-    def _tensor(self, part: Part) -> Tensor:
-        count = prod(part.shape)
-        if not count:
-            return torch.empty(part.shape, dtype=part.dtype)
-        return torch.frombuffer(self._map, dtype=part.dtype, count=count, offset=part.offset).view(part.shape)
 
     def check(self) -> None:
         """Look whether the file was cut or written to since it was mapped; what was verified then no longer is.
@@ -186,13 +227,14 @@ class MappedShard:
         Raises:
             DamagedShardError: cut short or gone: touching the map would kill the process.
         """
-        try:
-            modified = self._check_size(os.stat(self.path))
-        except FileNotFoundError as error:
-            raise DamagedShardError(f"{self.path} is gone.") from error
+        modified = self._check_status()
         if modified != self._modified:
             self.verified.clear()
             self._modified = modified
+
+    def __del__(self):
+        if hasattr(self, "_file"):
+            self._file.close()
 
     def spans(self, start: int, tokens: int) -> list[tuple[int, int]]:
         """First and last byte of each part of a document, in the order of its checksum."""
@@ -225,29 +267,9 @@ class MappedShard:
         return tokens * sum(part.token_bytes for part in self.parts.values())
 
 
-def join_tokens(tensors: Sequence[Tensor]) -> Tensor:
-    """`torch.cat` along the tokens; large ones into memory of numpy, which asks for huge pages: fewer page faults."""
-    first = tensors[0]
-    if sum(tensor.nbytes for tensor in tensors) < HUGE:
-        return torch.cat(tensors)
-    raw = numpy.concatenate([tensor.reshape(-1).view(torch.uint8).numpy() for tensor in tensors])
-    return torch.from_numpy(raw).view(first.dtype).view(-1, *first.shape[1:])
-
-
-def gather(spans: Sequence[tuple[MappedShard, int, int]]) -> dict[str, Tensor]:
-    """The tokens `(shard, start, tokens)` back to back: views where they lie so, else one copy."""
-    first, start = spans[0][0], spans[0][1]
-    position = start
-    for shard, begin, tokens in spans:
-        if shard is not first or begin != position:
-            break
-        position += tokens
-    else:
-        return {name: tensor[start:position] for name, tensor in first.tensors.items()}
-    return {
-        name: join_tokens([shard.tensors[name][begin : begin + n] for shard, begin, n in spans])
-        for name in first.names
-    }
+def slices(spans: Sequence[tuple[MappedShard, int, int]]) -> dict[str, list[Tensor]]:
+    """Views of the tokens `(shard, start, tokens)`, as `write_shard` takes them."""
+    return {name: [shard.tensors[name][begin : begin + n] for shard, begin, n in spans] for name in spans[0][0].parts}
 
 
 def offsets_of(lengths: Iterable[int]) -> tuple[int, ...]:

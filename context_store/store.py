@@ -266,14 +266,14 @@ class ContextStore(ReadableStore):
         self.catalogue.check_writable()
         if not pending.rows:
             return
-        name, cache = eviction.new_shard_name(), pending.cache(self.fingerprint)
+        name = eviction.new_shard_name()
         path = self.folder / "shards" / name
         with self.metrics.timed("write"):
             if self.max_bytes is not None:
                 self._make_room(pending.nbytes + HEADER_BYTES, name)
             with eviction.writing(self.folder):
                 try:
-                    nbytes, header_checksum = write_shard(path, cache)
+                    nbytes, header_checksum = write_shard(path, pending.parts(), self.fingerprint)
                     replaced = self.catalogue.commit(name, nbytes, header_checksum, pending.rows)
                 except BaseException:
                     if self.catalogue.abandon(name):
@@ -301,10 +301,10 @@ class ContextStore(ReadableStore):
 
     def get(self, ids: str | Sequence[str]) -> ContextCache:
         """See `ReadableStore.get`; notes the use for eviction."""
-        cache, locations = self._get(ids)
+        cache, views = self._get(ids)
         now = time.time()
-        for place in locations:
-            self._used[place.document] = now
+        for view in views:
+            self._used[view.place.document] = now
         if len(self._used) > USES_KEPT:
             self._flush_uses()
         return cache

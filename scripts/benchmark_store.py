@@ -7,6 +7,7 @@ page cache was dropped (`posix_fadvise`), writing the same bytes with one fsync.
 """
 
 import argparse
+import gc
 import os
 import random
 import resource
@@ -19,10 +20,10 @@ from time import perf_counter
 import numpy
 import torch
 from load_model import load_model
-from provenance import write_result
 
 from context_store import ContextStore
 from context_store.locations import Location, Locations
+from dataset_builders.provenance import write_result
 from modeling_xcllama.context_cache import ContextCache
 
 WIDTH, SEED = 576, 0
@@ -38,17 +39,12 @@ def random_corpus(count: int, generator: random.Random) -> tuple[list[str], Cont
 
 
 def drop_cache(paths: list[Path]) -> None:
-    """Put files out of the page cache."""
+    """Put files out of the page cache; pages that something maps would stay."""
+    gc.collect()
     for path in paths:
         with open(path, "rb") as file:
             os.fsync(file.fileno())
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def touch(cache: ContextCache, target: numpy.ndarray) -> None:
-    """Copy what a cache holds, as an upload to a device does."""
-    raw = cache.states["hidden"].reshape(-1).view(torch.uint8).numpy()
-    numpy.copyto(target[: len(raw)], raw)
 
 
 def seconds_of(function, repeats: int) -> float:
@@ -71,9 +67,8 @@ class Bench:
         self.ids = [f"d{number}" for number in range(documents)]
         self.raw = folder / "raw.bin"
         self.write = self.measure_writes(cache)
-        self.store = ContextStore(folder / "store", read_only=True)
-        self.offsets = [offset * WIDTH * 2 for offset in cache.offsets]
-        self.target = numpy.empty(64 * 800 * WIDTH * 2, numpy.uint8)
+        self.offsets = cache.offsets
+        self.target = torch.empty(64 * 800, WIDTH, dtype=torch.bfloat16)
 
     def measure_writes(self, cache: ContextCache) -> dict:
         """Adding all states against writing their bytes with one fsync, in turns."""
@@ -95,67 +90,72 @@ class Bench:
             "bytes": raw.nbytes,
             "store_megabytes_per_second": raw.nbytes / median(ours) / 1e6,
             "raw_megabytes_per_second": raw.nbytes / median(control) / 1e6,
-            "ratio": median(control) / median(ours),
+            "ratio": median(raw / own for raw, own in zip(control, ours, strict=True)),
         }
 
     def requests(self, size: int, count: int) -> list[list[int]]:
         """Random sets of neighbours' numbers: what a search may give has no order."""
         return [self.generator.sample(range(len(self.ids)), size) for _ in range(count)]
 
-    def read_raw(self, memory: numpy.ndarray, request: list[int]) -> None:
-        """The control: a copy out of a memory map, into new memory where several documents are joined."""
-        parts = [memory[self.offsets[number] : self.offsets[number + 1]] for number in request]
-        if len(parts) == 1:
-            numpy.copyto(self.target[: len(parts[0])], parts[0])
+    def read_raw(self, memory: numpy.ndarray, states: torch.Tensor, request: list[int]) -> None:
+        """The control: the same copies out of a memory map, as bytes and as states."""
+        spans = [(self.offsets[number], self.offsets[number + 1]) for number in request]
+        if len(spans) == 1:
+            self.target[: spans[0][1] - spans[0][0]].copy_(states[spans[0][0] : spans[0][1]])
         else:
-            numpy.concatenate(parts)
+            numpy.concatenate([memory[start:end] for start, end in spans])
 
-    def read_store(self, request: list[int]) -> None:
-        """One `get`, and the copy where the states are a view."""
-        cache = self.store.get([self.ids[number] for number in request])
+    def read_store(self, store: ContextStore, request: list[int]) -> None:
+        """One `get`: a copy into new memory where documents are joined; of one document a view, which is copied."""
+        cache = store.get([self.ids[number] for number in request])
         if len(request) == 1:
-            touch(cache, self.target)
+            self.target[: cache.offsets[-1]].copy_(cache.states["hidden"])
 
     def warm(self, size: int, count: int) -> dict:
-        """Requests of `size` documents from the page cache, in turns with the control on other documents."""
-        memory = numpy.memmap(self.raw, numpy.uint8, "r")
-        everything = list(range(len(self.ids)))
-        self.read_raw(memory, everything)
-        self.read_store(everything)
+        """Requests of `size` documents, all read before, from the store and from a memory map, in turns."""
+        memory = numpy.asarray(numpy.memmap(self.raw, numpy.uint8, "c")).reshape(-1, 2 * WIDTH)
+        states = torch.from_numpy(memory).view(torch.bfloat16)
         ours, control = [], []
-        for request, other in zip(self.requests(size, count), self.requests(size, count), strict=True):
-            control.append(seconds_of(lambda other=other: self.read_raw(memory, other), 1))
-            ours.append(seconds_of(lambda request=request: self.read_store(request), 1))
+        with ContextStore(self.folder / "store", read_only=True) as store:
+            for number in range(len(self.ids)):
+                self.read_store(store, [number])
+                self.read_raw(memory, states, [number])
+            for request in self.requests(size, count):
+                control.append(seconds_of(lambda request=request: self.read_raw(memory, states, request), 1))
+                ours.append(seconds_of(lambda request=request: self.read_store(store, request), 1))
         return {
             "store_microseconds": 1e6 * median(ours),
             "raw_microseconds": 1e6 * median(control),
-            "ratio": median(control) / median(ours),
+            "ratio": median(raw / own for raw, own in zip(control, ours, strict=True)),
         }
 
     def cold(self, size: int, count: int) -> dict:
         """First reads from the disk, checksums included, against `preadv` of the same documents."""
-        shards = list((self.store.folder / "shards").iterdir())
+        shards = list((self.folder / "store").rglob("*.safetensors"))
         ours = control = 0.0
-        descriptor = os.open(self.raw, os.O_RDONLY)
+        descriptor, store = os.open(self.raw, os.O_RDONLY), ContextStore(self.folder / "store", read_only=True)
+        target = self.target.view(torch.uint8).numpy()
         for request in self.requests(size, count):
             drop_cache([self.raw, *shards])
             begin = perf_counter()
             position = 0
             for number in request:
-                length = self.offsets[number + 1] - self.offsets[number]
-                os.preadv(descriptor, [self.target[position : position + length].data], self.offsets[number])
-                position += length
+                start, end = self.offsets[number], self.offsets[number + 1]
+                part = target[position : position + end - start]
+                os.preadv(descriptor, [part.reshape(-1).data], start * 2 * WIDTH)
+                position += end - start
             control += perf_counter() - begin
-            # pages that are mapped are not dropped: close, drop, and open again, as the control's file is open
-            for shard in range(1, len(shards) + 1):
-                self.store._reader.forget(shard)
-            drop_cache([self.raw, *shards])
-            for shard in range(1, len(shards) + 1):
-                self.store._reader.shard(shard)
+            # open, as the control's file is
+            for shard in store.catalogue.live_shards():
+                store._reader.forget(shard)
+            drop_cache(shards)
+            for shard in store.catalogue.live_shards():
+                store._reader.shard(shard)
             begin = perf_counter()
-            self.read_store(request)
+            self.read_store(store, request)
             ours += perf_counter() - begin
         os.close(descriptor)
+        store.close()
         return {"store_seconds": ours, "raw_seconds": control, "ratio": control / ours}
 
 

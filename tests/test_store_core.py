@@ -10,9 +10,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
+from safetensors import safe_open
 
 from context_store import ContextStore, MissingDocumentError
 from context_store.locations import Location, Locations
+from context_store.searching import match_expression
 
 SUPPORT = runpy.run_path(str(Path(__file__).with_name("store_support.py")))
 TableModel, ByteProcessor, row_states = (SUPPORT[name] for name in ("TableModel", "ByteProcessor", "row_states"))
@@ -365,20 +367,91 @@ def test_words_that_most_documents_have_are_left_out_of_large_searches(store, mo
     store.add([f"d{number}" for number in range(30)], texts)
     assert len(store.search("common rare", k=50)) == 30
     monkeypatch.setattr("context_store.searching.POSTINGS", 10)
-    assert [hit.id for hit in store.search("common rare", k=50)] == ["d7"]
-    # where there is nothing rarer they count
+    store.catalogue.matches.clear()
+    assert [hit.id for hit in store.search("common rare", k=5)] == ["d7"]
+    # where there is nothing rarer they count, among the newest unless more is asked for
+    assert {hit.id for hit in store.search("common", k=10)} <= {f"d{number}" for number in range(19, 30)}
+    assert len(store.search("common unheard", k=10)) == 10
     assert len(store.search("common", k=50)) == 30
-    assert len(store.search("common unheard", k=50)) == 30
+
+
+def test_two_common_words_are_searched_together(store, monkeypatch):
+    texts = [" ".join(f"w{n}" for n in (2, 3, 5) if number % n == 0) or "none" for number in range(120)]
+    store.add([f"d{number}" for number in range(120)], texts, [{"half": number // 60} for number in range(120)])
+    monkeypatch.setattr("context_store.searching.POSTINGS", 20)
+    monkeypatch.setattr("context_store.searching.STOP_WORDS", frozenset())
+    # w5 is the rarest, w3 and w2 stand in more than a quarter of the documents
+    assert len(store) == 120
+    assert match_expression(store.catalogue, "w2 w3 w5") == '"w5"'
+    monkeypatch.setattr("context_store.searching.STOP_PART", 1)
+    assert match_expression(store.catalogue, "w2 w3 w5") == '"w5" AND "w3"'
+    assert {hit.id for hit in store.search("w2 w3 w5", k=20)} == {f"d{number}" for number in range(0, 120, 15)}
+    # a filter looks at all of them
+    assert {hit.id for hit in store.search("w2", k=20, where={"half": 0})} <= {f"d{number}" for number in range(60)}
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8", "int4"])
-def test_large_copies_are_exact(tmp_path, model, monkeypatch, dtype):
+def test_views_and_copies_are_exact(tmp_path, model, dtype):
     with ContextStore(tmp_path, model, ByteProcessor(), dtype=dtype) as store:
         documents = {"a": "first text", "b": "", "c": "the third", "d": "more"}
         store.add(documents.keys(), documents.values())
-        small = store.get(["d", "a", "b"])
-        monkeypatch.setattr("context_store.shards.HUGE", 1)
-        large = store.get(["d", "a", "b"])
-        for row in range(3):
-            assert torch.equal(row_states(large, row), row_states(small, row))
-            assert large.row_token_ids(row).tolist() == small.row_token_ids(row).tolist()
+        copied = store.get(["d", "a", "b"])
+        for row, name in enumerate("dab"):
+            view = store.get(name)
+            assert store.get(name) is view
+            assert torch.equal(row_states(copied, row), row_states(view, 0))
+            assert copied.row_token_ids(row).tolist() == list(documents[name].encode())
+
+
+def test_a_document_read_again_is_a_new_view_after_any_change(tmp_path, model):
+    store, reader = ContextStore(tmp_path, model, ByteProcessor()), ContextStore(tmp_path, read_only=True)
+    store.add(["a", "b"], ["one", "two"])
+    before = reader.get("a")
+    assert reader.get("a") is before
+    store.add("b", "changed")
+    after = reader.get("a")
+    assert after is not before
+    assert torch.equal(row_states(after, 0), model.states("one"))
+    # shards that are no more are let go of: they hold room on the disk
+    store.add("a", "one of another shard")
+    store.add("b", "too")
+    assert torch.equal(row_states(reader.get("b"), 0), model.states("too"))
+    assert set(reader._reader._shards) <= set(store.catalogue.live_shards())
+    store.evict("a")
+    with pytest.raises(MissingDocumentError):
+        reader.get("a")
+
+
+def test_readers_look_at_the_catalogue_only_after_a_commit(tmp_path, model, monkeypatch):
+    store, reader = ContextStore(tmp_path, model, ByteProcessor()), ContextStore(tmp_path, read_only=True)
+    store.add("a", "one")
+    assert "a" in reader
+    looks, take_over = [], reader.catalogue._take_over
+    monkeypatch.setattr(reader.catalogue, "_take_over", lambda connection: (looks.append(1), take_over(connection)))
+    monkeypatch.setattr("context_store.catalogue.BELIEVED", 1e9)
+    reader.catalogue._believed = 1e18
+    for _ in range(5):
+        assert "a" in reader
+    assert looks == []
+    store.add("b", "two")
+    assert "b" in reader
+    assert looks == [1]
+    # a writer that died before it told anybody is noticed after a moment
+    monkeypatch.setattr(store.catalogue._changes, "renew", lambda: None)
+    store.add("c", "three")
+    assert "c" not in reader
+    reader.catalogue._believed = 0
+    assert "c" in reader
+    # without the file every call looks
+    (store.folder / "catalogue.changes").unlink()
+    assert "c" in ContextStore(tmp_path, read_only=True)
+
+
+def test_shards_are_safetensors_files(store, model):
+    store.add(["a", "b"], ["one", "three"])
+    (path,) = (store.folder / "shards").iterdir()
+    with safe_open(path, framework="pt") as file:
+        assert file.metadata() == {"format": "xcllama-context-shard", "fingerprint": model.fingerprint}
+        assert torch.equal(file.get_tensor("hidden"), model.states("onethree"))
+        assert file.get_tensor("token_ids").tolist() == list(b"onethree")
+    assert store._reader.shard(1).parts["hidden"].offset % 64 == 4 * len("onethree") % 64
