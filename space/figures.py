@@ -18,7 +18,8 @@ def number_bytes(count: float) -> str:
     """Bytes for people."""
     for unit in ("bytes", "KiB", "MiB"):
         if count < 1024 or unit == "MiB":
-            return f"{count:,.0f} {unit}" if unit == "bytes" or count >= 100 else f"{count:,.1f} {unit}"
+            digits = 0 if unit == "bytes" or count >= 100 else 1
+            return f"{count:,.{digits}f}\N{NO-BREAK SPACE}{unit}"
         count /= 1024
     raise AssertionError("the loop always returns")
 
@@ -50,14 +51,14 @@ def costs(documents: Sequence[Document], bytes_per_token: dict[str, float]) -> s
     if len(rows) > 1:
         rows.append(("together", *(sum(column) for column in list(zip(*rows, strict=True))[1:])))
     body = "".join(
-        f'<tr><th scope="row">{escape(name)}</th><td>{tokens:,}</td><td>{seconds:.1f} s</td>'
+        f'<tr><th scope="row">{escape(name)}</th><td>{tokens:,}</td><td>{seconds:.1f}&nbsp;s</td>'
         f"<td>{number_bytes(size)}</td><td>{number_bytes(kv_bytes * tokens)}</td></tr>"
         for name, tokens, seconds, size in rows
     )
-    heads = ("document", "tokens", "encoded in", "cache", "KV cache")
+    heads = ("document", "tokens", "encoding", "cache", "KV cache")
     head = "".join(f'<th scope="col">{name}</th>' for name in heads)
     return (
-        '<div class="scroll"><table class="costs"><caption>What is switched on, and what it costs</caption>'
+        '<div class="scroll" tabindex="0"><table class="costs"><caption>What is switched on, and what it costs</caption>'
         f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 

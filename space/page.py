@@ -39,11 +39,14 @@ CONTRAST = {
     "button_primary_background_fill_dark": "*primary_700",
     "button_primary_background_fill_hover_dark": "*primary_600",
 }
-# what changes by itself is read out by screen readers
+# what changes by itself is read out
 SCRIPT = """() => {
   document.documentElement.lang = "en";
   for (const id of ["status", "said"])
     document.getElementById(id)?.setAttribute("aria-live", "polite");
+  // answers can be reached by keyboard
+  for (const answer of document.querySelectorAll("#cache-answer textarea, #prompt-answer textarea"))
+    Object.assign(answer, {disabled: false, readOnly: true});
 }"""
 
 

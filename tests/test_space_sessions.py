@@ -303,11 +303,11 @@ def test_shades_follow_the_weights():
 
 def test_figures_for_people():
     assert [figures.number_bytes(count) for count in (0, 1023, 1536, 5 * 2**20, 10**12)] == [
-        "0 bytes",
-        "1,023 bytes",
-        "1.5 KiB",
-        "5.0 MiB",
-        "953,674 MiB",
+        "0 bytes",
+        "1,023 bytes",
+        "1.5 KiB",
+        "5.0 MiB",
+        "953,674 MiB",
     ]
     assert "tokens/s" not in figures.answer_figures(Answer("a", 1, 0.5, 0.5))
     assert "2.0 tokens/s" in figures.answer_figures(Answer("a", 3, 0.5, 1.5))

@@ -1,0 +1,291 @@
+"""The Space in a headless chromium, as people use it: `make test-browser`. Screenshots go to runs/space/."""
+
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+
+pytestmark = pytest.mark.browser
+playwright = pytest.importorskip("playwright.sync_api", reason="the extra `browser` is not installed")
+ROOT = Path(__file__).resolve().parent.parent
+PICTURES = ROOT / "runs" / "space"
+FLAGS = (
+    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync"
+).split()
+PATIENCE = 180_000  # ms, on a machine that does other work as well
+TEXT = (
+    "The harbour of Milstead was built in 1812 by Ada Finch. It has two piers; a red light is on the longer one."
+)
+
+
+@pytest.fixture(scope="module")
+def url(smollm2_folder, tmp_path_factory) -> Iterator[str]:
+    """The Space with the repository's checkpoint."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    log = tmp_path_factory.mktemp("space") / "log"
+    command = [sys.executable, str(ROOT / "scripts" / "run_space.py"), "--port", str(port)]
+    with log.open("w") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+    try:
+        for _ in range(240):
+            assert process.poll() is None, log.read_text()
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.5)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.kill()
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator:
+    path = shutil.which("chromium")
+    if path is None:
+        pytest.skip("chromium is not installed: run `make test-browser`")
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=path, headless=True, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(chromium, url) -> Iterator[Callable]:
+    """Open the page as a new visitor; in the end nothing may have been asked of other machines, and no error shown."""
+    contexts, foreign, faults = [], [], []
+
+    def open_page(width: int = 1280, height: int = 900, colors: str = "light"):
+        context = chromium.new_context(viewport={"width": width, "height": height}, color_scheme=colors)
+        context.set_default_timeout(PATIENCE)
+        contexts.append(context)
+        page = context.new_page()
+        page.on("request", lambda request: foreign.append(request.url) if not local(request.url) else None)
+        page.on("pageerror", lambda error: faults.append(str(error)))
+        page.goto(url)
+        page.get_by_role("button", name="Ask", exact=True).wait_for()
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert not foreign
+    assert not faults
+
+
+def local(address: str) -> bool:
+    parts = urlsplit(address)
+    return parts.scheme in ("data", "blob") or parts.hostname == "127.0.0.1"
+
+
+def picture(page, name: str) -> None:
+    PICTURES.mkdir(parents=True, exist_ok=True)
+    page.screenshot(path=PICTURES / f"{name}.png", full_page=True)
+
+
+def upload(page, *files: tuple[str, bytes]) -> str:
+    """Upload files and return what the page says about them."""
+    payload = [{"name": name, "mimeType": "application/octet-stream", "buffer": data} for name, data in files]
+    page.locator("input[type=file]").first.set_input_files(payload)
+    page.locator("#status .message", has_text=files[-1][0]).wait_for()
+    return page.locator("#status").inner_text()
+
+
+def ask(page, question: str, compare: bool = True) -> str:
+    """Ask and wait for all that follows; the answer from the cache."""
+    page.get_by_label("Compare with").set_checked(compare)
+    page.get_by_label("Question", exact=True).fill(question)
+    # the page fills this line again when an answer is complete
+    page.evaluate("document.querySelector('#said .prose').textContent = ''")
+    page.get_by_role("button", name="Ask", exact=True).click()
+    said = "text in the prompt" if compare else "context cache"
+    page.locator("#said", has_text=said).wait_for(state="attached")
+    return page.get_by_label("Answer from the context cache").input_value()
+
+
+def test_upload_and_ask(visit):
+    page = visit()
+    assert "tokens encoded" in upload(page, ("harbour.txt", TEXT.encode()))
+    assert ask(page, "Who built the harbour?")
+    for side in ("cache", "prompt"):
+        figures = page.locator(f"#{side}-figures").inner_text()
+        assert "first token" in figures
+        assert "tokens/s" in figures
+    assert page.locator("#attended mark").count() > 3
+    assert page.locator("#attended .evidence li").count() >= 1
+    assert page.locator("#attended .text").inner_text() == TEXT
+    assert page.locator("#times tr").count() == 2
+    assert "KV cache" in page.locator("#costs").inner_text()
+    picture(page, "desktop")
+
+
+def test_answers_stream_and_stop(visit):
+    page = visit()
+    upload(page, ("harbour.txt", TEXT.encode()))
+    page.get_by_label("Question", exact=True).fill("Tell me all about the harbour and its piers.")
+    page.get_by_role("button", name="Ask", exact=True).click()
+    answer = page.get_by_label("Answer with the text in the prompt")
+    page.locator("#prompt-figures .figures").wait_for()
+    first = answer.input_value()
+    page.wait_for_function(
+        "first => document.querySelector('#prompt-answer textarea').value.length > first.length", arg=first
+    )
+    page.get_by_role("button", name="Stop").click()
+    page.wait_for_timeout(3000)
+    stopped = answer.input_value()
+    page.wait_for_timeout(3000)
+    assert answer.input_value() == stopped
+    # whoever asks next is served
+    assert ask(page, "Who built the harbour?", compare=False)
+
+
+def test_documents_switched_on_and_off(visit):
+    page = visit()
+    upload(
+        page,
+        ("harbour.txt", TEXT.encode()),
+        ("bakery.md", b"# Bakery\n\nThe bakery opens at six. It sells rye bread."),
+    )
+    status = page.locator("#status").inner_text()
+    both = ask(page, "When does the bakery open?", compare=False)
+    assert page.locator("#attended details").count() == 2
+    documents = page.locator("#documents")
+    documents.get_by_label("harbour.txt").uncheck()
+    page.wait_for_function("!document.querySelector('#costs').innerText.includes('harbour.txt')")
+    ask(page, "What does it sell?", compare=False)
+    page.wait_for_function("document.querySelectorAll('#attended details').length == 1")
+    assert "bakery.md" in page.locator("#attended summary").inner_text()
+    # the other order: the same answer as in the beginning
+    documents.get_by_label("bakery.md").uncheck()
+    documents.get_by_label("harbour.txt").check()
+    documents.get_by_label("bakery.md").check()
+    page.wait_for_function("document.querySelectorAll('#costs tbody tr').length == 3")
+    assert ask(page, "When does the bakery open?", compare=False) == both
+    # nothing was encoded again
+    assert page.locator("#status").inner_text() == status
+    page.get_by_role("button", name="Remove what is switched on").click()
+    page.locator("#status", has_text="2 document(s) removed").wait_for()
+    assert "No document is switched on" in page.locator("#costs").inner_text()
+
+
+def test_a_second_visitor_sees_nothing_of_the_first(visit):
+    first, second = visit(), visit()
+    upload(first, ("secret plan.txt", TEXT.encode()))
+    ask(first, "Who built the harbour?", compare=False)
+    second.reload()
+    second.get_by_role("button", name="Ask", exact=True).wait_for()
+    assert not second.locator("#documents").is_visible()
+    ask(second, "Who built the harbour?", compare=False)
+    assert "secret" not in second.content()
+    assert "Milstead" not in second.content()
+    # a page that is loaded anew is a new visitor, too
+    first.reload()
+    first.get_by_role("button", name="Ask", exact=True).wait_for()
+    assert "secret plan" not in first.content()
+
+
+def test_friendly_messages(visit):
+    page = visit()
+    shown = upload(
+        page,
+        ("junk.txt", bytes(range(256)) * 4),
+        ("empty.md", b""),
+        ("picture.pdf", b"\x89PNG\r\n\x1a\n"),
+        ("<img src=x onerror=alert(1)>.txt", b"words <b>bold</b>"),
+        ("broken.pdf", b"%PDF-1.7 nothing"),
+    )
+    messages = {"junk": "no readable text", "empty": "is empty", "picture": "an image", "broken": "damaged"}
+    for name, says in messages.items():
+        assert any(name in line and says in line for line in shown.splitlines())
+    assert page.locator("#documents img, #status img").count() == 0
+    picture(page, "messages")
+    page.get_by_label("Question", exact=True).fill("  ")
+    page.get_by_role("button", name="Ask", exact=True).click()
+    page.locator("#cache-figures .error", has_text="type a question").wait_for()
+
+
+@pytest.mark.parametrize(("width", "colors"), [(360, "dark"), (390, "light")])
+def test_on_a_phone(visit, width, colors):
+    page = visit(width, 800, colors)
+    page.get_by_role("button", name="Example: The clock museum").click()
+    page.locator("#status .message").wait_for()
+    ask(page, "Who founded the museum?")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    # nothing that is read is smaller than this
+    assert page.evaluate(SMALLEST_LETTERS) >= 12
+    picture(page, f"phone-{colors}")
+
+
+def test_by_keyboard_alone(visit):
+    page = visit()
+    reached = set()
+    for _ in range(40):
+        page.keyboard.press("Tab")
+        reached.add(page.evaluate("(e => e.innerText || e.ariaLabel || e.tagName)(document.activeElement)").strip())
+    assert {"Example: The clock museum", "Ask", "Stop"} <= reached
+    assert any("upload" in name.lower() for name in reached)
+    page.get_by_role("button", name="Example: The clock museum").focus()
+    page.keyboard.press("Enter")
+    page.locator("#status .message").wait_for()
+    page.locator("#documents input").first.focus()
+    page.keyboard.press("Space")
+    page.wait_for_function("document.querySelector('#costs').innerText.includes('No document')")
+    page.keyboard.press("Space")
+    page.get_by_label("Compare with").focus()
+    page.keyboard.press("Space")
+    page.get_by_label("Question", exact=True).focus()
+    page.keyboard.press("Enter")
+    page.locator("#said", has_text="Answer, context cache").wait_for(state="attached")
+    page.get_by_label("Answer from the context cache").focus()
+    assert page.evaluate("document.activeElement.tagName") == "TEXTAREA"
+
+
+@pytest.mark.parametrize("colors", ["light", "dark"])
+def test_names_and_contrast_for_everyone(visit, colors):
+    page = visit(colors=colors)
+    page.get_by_role("button", name="Paste a text").click()
+    assert page.evaluate("document.documentElement.lang") == "en"
+    assert page.locator("#status[aria-live=polite], #said[aria-live=polite]").count() == 2
+    unnamed = page.evaluate(UNNAMED)
+    assert not unnamed
+    weak = page.evaluate(WEAK_CONTRAST)
+    assert not weak
+
+
+# in pixels
+SMALLEST_LETTERS = """() => Math.min(...[...document.querySelectorAll("p, td, th, li, label, textarea, button")]
+  .filter(e => e.checkVisibility()).map(e => parseFloat(getComputedStyle(e).fontSize)))"""
+UNNAMED = """() => [...document.querySelectorAll("main button, main input, main textarea")]
+  .filter(e => e.checkVisibility() && e.type !== "file")
+  .filter(e => !(e.innerText || e.ariaLabel || e.title || [...(e.labels ?? [])].some(l => l.innerText.trim())))
+  .map(e => e.outerHTML.slice(0, 200))"""
+# texts of less than 4.5 to 1 against the first opaque background behind them (WCAG 2, AA)
+WEAK_CONTRAST = """() => {
+  const parse = color => (color.match(/[\\d.]+/g) ?? []).map(Number);
+  const light = ([r, g, b]) => [r, g, b].map(v => v / 255)
+    .map(v => v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4)
+    .reduce((sum, v, i) => sum + v * [.2126, .7152, .0722][i], 0);
+  const behind = e => {
+    for (; e; e = e.parentElement) {
+      const color = parse(getComputedStyle(e).backgroundColor);
+      if (color.length === 3 || color[3] === 1) return color;
+    }
+    return [255, 255, 255];
+  };
+  const weak = [];
+  for (const e of document.querySelectorAll("main *")) {
+    const own = [...e.childNodes].some(n => n.nodeType === 3 && n.textContent.trim());
+    if (!own || !e.checkVisibility()) continue;
+    const [a, b] = [light(parse(getComputedStyle(e).color)), light(behind(e))].sort((x, y) => y - x);
+    if ((a + .05) / (b + .05) < 4.5) weak.push(e.innerText.slice(0, 40) + " " + ((a + .05) / (b + .05)).toFixed(2));
+  }
+  return weak;
+}"""
