@@ -8,8 +8,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from provenance import write_result
-
+from dataset_builders.provenance import write_result
 from lm_eval_tasks.comparison import METHODS, compare
 from lm_eval_tasks.tables import load_runs, markdown, summarize
 

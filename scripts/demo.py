@@ -15,8 +15,9 @@ from statistics import median
 
 import torch
 from load_model import load_model
-from provenance import write_result
 from transformers.generation.streamers import BaseStreamer
+
+from dataset_builders.provenance import write_result
 
 ROOT = Path(__file__).resolve().parent.parent
 

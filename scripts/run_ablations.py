@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from provenance import write_result
 
+from dataset_builders.provenance import write_result
 from training.checkpoints import checkpoints
 from training.export import quick_look
 from training.recipe import Recipe, recipe_from_dict

@@ -11,8 +11,7 @@ import os
 import sys
 from pathlib import Path
 
-from provenance import write_result
-
+from dataset_builders.provenance import write_result
 from training.recipe import load_recipe
 
 
