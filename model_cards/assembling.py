@@ -58,8 +58,9 @@ def load_source(source: Path, base: str | None = None):
     try:
         model, processor = load_checkpoint(source, base)
     except OSError as error:
-        name = base or saved.get("base_model_name_or_path")
-        raise ValueError(f"{source} needs the base {name}, which cannot be found: run `make models`.") from error
+        names = [base or saved.get("base_model_name_or_path"), saved.get("encoder_name_or_path")]
+        needed = " and ".join(name for name in names if name)
+        raise ValueError(f"{source} belongs to {needed}, which cannot be found: run `make models`.") from error
     expected, found = saved.get("base_model_digest"), model.base_digest()
     if expected not in (None, found):
         raise ValueError(f"{source} was trained on a base of digest {expected[:12]}, the one found has {found[:12]}.")

@@ -160,7 +160,7 @@ def publish(release: Release, output: Path | None, dry_run: bool) -> None:
             folders.append(folder)
             found = compare(api, folder, target) if ask else Changes(files_of(folder), [], [], [], None, False, None)
             changes.append(found)
-            print(f"{kind} {repo_id}: assembled, loaded in a clean process, equal to its source; the commit would be")
+            print(f"{kind} {repo_id}: assembled and checked; the commit would be")
             print(*found.lines(), sep="\n", flush=True)
         if dry_run:
             print("dry run: nothing was sent" + ("" if ask else ", and without a token every file counts as new"))

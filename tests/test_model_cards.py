@@ -14,12 +14,12 @@ from huggingface_hub import EvalResultEntry, ModelCard
 from transformers import BertConfig, LlamaConfig, LlamaForCausalLM
 
 from dataset_builders import SOURCES
-from model_cards.assembling import assemble_kernel, load_source
+from model_cards.assembling import assemble_kernel, assemble_model, load_source
 from model_cards.costs import cache_bytes, key_value_bytes, projected_bytes
 from model_cards.model_card import checkpoint_card, conversion_card, eval_results_yaml, read_result, token_costs
 from model_cards.rendering import FOLDER, check_card, render
 from modeling_xcllama import XCLlamaConfig, XCLlamaForCausalLM
-from modeling_xcllama.checkpoints import is_added_weights
+from modeling_xcllama.checkpoints import is_added_weights, load_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 SUPPORT = runpy.run_path(str(Path(__file__).with_name("publishing_support.py")))
@@ -182,6 +182,29 @@ def test_cards_of_conversions(base, name, licence, groups):
         conversion_card(name, config, f"org/{name}", "somewhere")
 
 
+def test_a_conversion_is_assembled(tmp_path, monkeypatch):
+    monkeypatch.setenv("XCLLAMA_CACHE", str(tmp_path / "cache"))
+    added = SUPPORT["make_checkpoint"](tmp_path / "cache", tmp_path / "added", base_model_name_or_path=None)
+    model, processor = load_checkpoint(added, str(tmp_path / "cache" / "models" / "SmolLM2-135M-Instruct"))
+    model.config.base_model_name_or_path = None
+    model.save_pretrained(tmp_path / "whole")
+    processor.save_pretrained(tmp_path / "whole")
+    options = {"folder": tmp_path / "repo", "repo_id": "org/xc-llama-2-7b", "results": RESULTS}
+    with pytest.raises(ValueError, match="names no base model; give its Hub id with --base-model"):
+        assemble_model(tmp_path / "whole", **options)
+    options["base"] = "meta-llama/Llama-2-7b-hf"
+    with pytest.raises(ValueError, match="is a whole model: say with --original where its checkpoint came from"):
+        assemble_model(tmp_path / "whole", **options)
+    assert not (tmp_path / "repo").exists()
+    assembled, _ = assemble_model(tmp_path / "whole", **options, original="ServiceNow/a-checkpoint")
+    card = (tmp_path / "repo" / "README.md").read_text()
+    assert "license: llama2" in card
+    assert f"base_model_digest: {assembled.base_digest()}" in card
+    config = json.loads((tmp_path / "repo" / "config.json").read_text())
+    assert config["base_model_name_or_path"] == "meta-llama/Llama-2-7b-hf"
+    assert (tmp_path / "repo" / "modeling_xcllama.py").is_file()
+
+
 def test_bytes_a_token_are_what_a_request_holds(make_llama):
     """The card's resident bytes are those of keys and values that the model really makes."""
     for fields in ({}, {"cross_attention_share_weights": True}, {"cross_attention_share_key_value": True}):
@@ -244,5 +267,5 @@ def test_checkpoints_that_are_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"was trained on a base of digest [0-9a-f]{12}, the one found has"):
         load_source(folder)
     shutil.rmtree(base)
-    with pytest.raises(ValueError, match=r"needs the base HuggingFaceTB/SmolLM2-135M-Instruct, which cannot be found"):
+    with pytest.raises(ValueError, match=r"belongs to HuggingFaceTB/SmolLM2-135M-Instruct, which cannot be found"):
         load_source(folder)
