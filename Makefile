@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-slow lint style models fuzz kernels-inspect train-small train-smoke publish-dry-run clean
+.PHONY: demo test test-slow test-browser space lint style models fuzz kernels-inspect train-small train-smoke publish-dry-run clean
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -23,6 +23,16 @@ test: models
 test-slow: models
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=2 $(BIN)/pytest -q -m slow
 
+# Debian's chromium, installed where apt-get is; tests say that they are skipped where it is not
+test-browser: models
+	@command -v chromium >/dev/null || ! command -v apt-get >/dev/null || { apt-get update -q && \
+		apt-get install -y -q --no-install-recommends chromium fonts-dejavu-core; }
+	$(BIN)/pip install -q -c constraints.txt -e ".[browser]"
+	$(BIN)/pytest -q -rs -m browser tests/test_space_browser.py
+
+space: models
+	$(BIN)/python scripts/run_space.py
+
 lint: .venv/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -36,8 +46,10 @@ fuzz: .venv/.installed
 	$(BIN)/pip install -q -c constraints.txt -e ".[fuzz]"
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/fuzz_context_cache.py --seconds 600 --output results/fuzz_context_cache.json
 
+# compiles for four chips, no GPU needed; what was compiled from the same code before is not compiled again
 kernels-inspect: .venv/.installed
-	$(BIN)/python kernels/benchmarks/inspect_kernels.py --output results/kernels_inspect.json
+	$(BIN)/python kernels/benchmarks/inspect_kernels.py --cache $(HOME)/.cache/xcllama/kernels_inspect.jsonl \
+		--output results/kernels_inspect.json
 
 # three stages, hours on one core; an interrupted run goes on where it stopped
 train-small: models

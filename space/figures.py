@@ -58,7 +58,7 @@ def costs(documents: Sequence[Document], bytes_per_token: dict[str, float]) -> s
     heads = ("document", "tokens", "encoding", "cache", "KV cache")
     head = "".join(f'<th scope="col">{name}</th>' for name in heads)
     return (
-        '<div class="scroll" tabindex="0"><table class="costs"><caption>What is switched on, and what it costs</caption>'
+        '<div class="scroll" tabindex="0"><table class="costs"><caption>What is switched on and its cost</caption>'
         f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 

@@ -91,7 +91,7 @@ class Reader:
         self,
         model,
         processor,
-        max_new_tokens: int = 64,
+        max_new_tokens: int = 48,
         max_prompt_tokens: int = 4096,
         max_document_tokens: int = 16384,
     ):
