@@ -20,7 +20,9 @@ demo: models
 test: models
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -q
 
+# the extra is not in `dev`: torchao and bitsandbytes log at every import on machines without a GPU
 test-slow: models
+	$(BIN)/pip install -q -c constraints.txt -e ".[quantization]"
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=2 $(BIN)/pytest -q -m slow
 
 # Debian's chromium, installed where apt-get is; tests say that they are skipped where it is not

@@ -119,6 +119,8 @@ def quantized_by_bitsandbytes(tmp_path) -> LlamaForCausalLM:
 
 
 QUANTIZED = {"stand_in": stand_in, "torchao": quantized_by_torchao, "bitsandbytes": quantized_by_bitsandbytes}
+# `make test-slow` installs them: they take seconds to import, and log on machines without a GPU
+LIBRARIES = [pytest.param(name, marks=pytest.mark.slow) for name in ("torchao", "bitsandbytes")]
 
 
 def is_quantized(module: nn.Linear) -> bool:
@@ -138,7 +140,7 @@ def check_added_layers(model, initialization="self_attention"):
     assert all(name in added for name, weight in model.named_parameters() if weight.requires_grad)
 
 
-@pytest.mark.parametrize("name", list(QUANTIZED))
+@pytest.mark.parametrize("name", ["stand_in", *LIBRARIES])
 def test_quantized_bases(name, tmp_path):
     """The added layers copy the decoder's weights as they were quantized, read caches, and train."""
     base = QUANTIZED[name](tmp_path)
@@ -165,7 +167,7 @@ def test_quantized_bases(name, tmp_path):
         torch.testing.assert_close(again.eval()(prompts, context_cache=cache).logits, got)
 
 
-@pytest.mark.parametrize("name", ["torchao", "bitsandbytes"])
+@pytest.mark.parametrize("name", LIBRARIES)
 def test_from_pretrained_quantizes_the_decoder_only(name, tmp_path):
     pytest.importorskip(name, reason=f"{name} is not installed: pip install 'xcllama[quantization]'")
     model = build_model(build_base(torch.bfloat16))

@@ -16,6 +16,7 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
+import triton
 from ahead_of_time import TARGETS, inspect, source_of
 from provenance import provenance, write_json
 from traffic import CHIPS, Shape, decode_traffic, forward_traffic
@@ -50,7 +51,7 @@ def problems(record: dict) -> list[str]:
 def inspect_cached(variant: Variant, target: str, cache: Path | None) -> dict[str, object]:
     """One record of the results, from the lines of `cache` where the same code was compiled for the same variant."""
     code = source_of(variant.launch).hash()
-    identity = [code, target, variant.launch.options(), variant.traffic.requested]
+    identity = [code, target, variant.launch.options(), variant.traffic.requested, triton.__version__]
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
     if cache is not None and cache.exists():
         for line in cache.read_text().splitlines():
@@ -58,6 +59,7 @@ def inspect_cached(variant: Variant, target: str, cache: Path | None) -> dict[st
                 return json.loads(line.partition(" ")[2])
     record = inspect_variant(variant, target)
     if cache is not None:
+        cache.parent.mkdir(parents=True, exist_ok=True)
         with cache.open("a") as file:
             file.write(f"{key} {json.dumps(record)}\n")
     return record

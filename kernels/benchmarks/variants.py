@@ -77,10 +77,15 @@ def attention_tensors(shape: Shape, dtype: torch.dtype, bits: int) -> dict[str, 
     }  # fmt: skip
 
 
+def candidates(found: list[configs.Config], name: str) -> list[configs.Config]:
+    """All configurations for bf16, the default one for the other types."""
+    return found if name == "bf16" else found[:1]
+
+
 def forward_variants(target: Target, name: str, bits: int, head_dim: int) -> Iterator[Variant]:
     shape = Shape(8, 8, 4096, 512, 32, 8, head_dim)
     tensors = attention_tensors(shape, DTYPES[name], bits)
-    for config in configs.forward_configs(target, DTYPES[name], head_dim, bits):
+    for config in candidates(configs.forward_configs(target, DTYPES[name], head_dim, bits), name):
         (launch,) = plan_forward(**tensors, target=target, config=config)
         yield Variant(launch, forward_traffic(launch, shape), name, bits, head_dim, vars(shape))
 
@@ -89,16 +94,17 @@ def decode_variants(target: Target, name: str, bits: int, head_dim: int) -> Iter
     dtype = DTYPES[name]
     most = configs.decode_rows(dtype, head_dim)
     # requests with a context each, as many that share one as fit into a tile, and one alone
-    shapes = ((8, 8, 4096), (most // 4, 1, 8192), (1, 1, 16384))
-    for batch, contexts, context_len in shapes[: 3 if head_dim == 128 else 2] if name == "bf16" else shapes[:1]:
+    apart, shared, alone = (8, 8, 4096), (most // 4, 1, 8192), (1, 1, 16384)
+    shapes = [apart, *([shared] if name == "bf16" else []), *([alone] if bits == 0 else [])]
+    for batch, contexts, context_len in shapes:
         shape = Shape(batch, contexts, context_len, 1, 32, 8, head_dim)
         tensors = attention_tensors(shape, dtype, bits)
         block_m = rows_a_tile(batch, contexts, 1, 4, most)
-        candidates = configs.decode_configs(target, dtype, head_dim, bits, block_m)
-        for config in candidates if contexts == 8 else candidates[:1]:
+        found = candidates(configs.decode_configs(target, dtype, head_dim, bits, block_m), name)
+        for config in found if contexts == 8 else found[:1]:
             launches = plan_decode(**tensors, target=target, config=config)
             yield Variant(launches[0], decode_traffic(launches, shape), name, bits, head_dim, vars(shape))
-            if len(launches) == 2 and bits == 0 and contexts == 1:
+            if (batch, contexts, context_len) == alone:
                 yield Variant(launches[1], combine_traffic(launches, shape), name, bits, head_dim, vars(shape))
 
 
@@ -108,8 +114,8 @@ def backward_variants(target: Target, name: str, head_dim: int) -> Iterator[Vari
     del tensors["quantization"]
     tensors |= {"grad_output": tensors["query"], "grad_lse": None}
     gradients = (tensors["query"], tensors["key"], tensors["value"])
-    by_query = configs.query_gradient_configs(target, DTYPES[name], head_dim)
-    by_context = configs.context_gradient_configs(target, DTYPES[name], head_dim)
+    by_query = candidates(configs.query_gradient_configs(target, DTYPES[name], head_dim), name)
+    by_context = candidates(configs.context_gradient_configs(target, DTYPES[name], head_dim), name)
     for config in by_query:
         launch = plan_backward(**tensors, gradients=gradients, target=target, configs=(config, by_context[0]))[0]
         yield Variant(launch, query_gradient_traffic(launch, shape), name, 0, head_dim, vars(shape))
@@ -127,7 +133,7 @@ def projection_variants(target: Target, name: str, bits: int) -> Iterator[Varian
     weight, norm_weight = meta(columns, 64 * heads, dtype=dtype), meta(64 * heads, dtype=dtype)
     output = meta(num_tokens, columns, dtype=dtype)
     shape = {"num_tokens": num_tokens, "width": 64 * heads, "columns": columns}
-    for number, config in enumerate(configs.projection_configs(target, dtype, bits)):
+    for number, config in enumerate(candidates(configs.projection_configs(target, dtype, bits), name)):
         launches = plan_projection(
             states, scale, zero, weight, None, norm_weight, 1e-5, output, target=target, config=config
         )
@@ -136,16 +142,16 @@ def projection_variants(target: Target, name: str, bits: int) -> Iterator[Varian
 
 
 def all_variants(target: Target, name: str) -> Iterator[Variant]:
-    """Every configuration of every kernel in bf16; fp32 plain, and int4 for head size 64; fp16 for head size 64.
+    """Every kernel in each format and head size: in bf16 every configuration, otherwise the default ones.
 
-    fp16 takes the configurations and, but for the type of the products, the code of bf16.
+    fp16 takes the configurations and, but for the type of the products, the code of bf16; fp32 has one of each.
     """
-    for head_dim in HEAD_DIMS if name != "fp16" else (64,):
-        for bits in BITS if name == "bf16" else (0, 4) if name == "fp32" and head_dim == 64 else (0,):
+    for head_dim in HEAD_DIMS:
+        for bits in BITS:
             yield from forward_variants(target, name, bits, head_dim)
             yield from decode_variants(target, name, bits, head_dim)
         yield from backward_variants(target, name, head_dim)
-    for bits in BITS[1:] if name == "bf16" else (4,):
+    for bits in BITS[1:]:
         yield from projection_variants(target, name, bits)
 
 

@@ -22,7 +22,8 @@ def forward_configs(target: Target, dtype: torch.dtype, head_dim: int, bits: int
     """Candidates of `forward_kernel`."""
     size = _size(head_dim)
     if dtype == torch.float32:
-        return [{64: Config(32, 32, 4, 1), 128: Config(16, 32, 4, 1), 256: Config(16, 32, 8, 1)}[size]]
+        warps = 4 if target.backend == "hip" else 8
+        return [{64: Config(64, 16, 8, 1), 128: Config(16, 32, 4, 1), 256: Config(16, 16, warps, 1)}[size]]
     if target.backend == "hip":
         return {
             64: [Config(128, 64, 4, 2), Config(64, 64, 4, 2)],
@@ -34,7 +35,9 @@ def forward_configs(target: Target, dtype: torch.dtype, head_dim: int, bits: int
     if bits and _is_ampere(target):
         return [Config(64, 32, 4, 2)]
     if size == 64:
-        return [Config(128, 64, 8, 3)] if bits else [Config(128, 64, 8, 3), Config(64, 32, 4, 3)]
+        if bits:
+            return [Config(128, 64, 8, 2 if target.arch == 100 else 3)]
+        return [Config(128, 64, 8, 3), Config(64, 32, 4, 3)]
     if size == 128:
         if _is_ampere(target):
             return [Config(128, 32, 8, 3), Config(64, 32, 4, 2)]
@@ -52,7 +55,8 @@ def decode_configs(target: Target, dtype: torch.dtype, head_dim: int, bits: int,
     size = _size(head_dim)
     warps = 8 if block_m == 128 else 4
     if dtype == torch.float32:
-        return [Config(block_m, 32, 4, 1) if size == 64 else Config(block_m, 16, 4 if block_m == 16 else 8, 1)]
+        wide = block_m > 16 or (size == 256 and bits == 4 and target.arch == 90)
+        return [Config(block_m, 32, 4, 1) if size == 64 else Config(block_m, 16, 8 if wide else 4, 1)]
     if target.backend == "hip":
         return [Config(block_m, 64 if size < 256 and block_m < 128 else 32, 4, 2 if size < 256 else 1)]
     if size == 256 and bits:
