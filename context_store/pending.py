@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from time import perf_counter
 
 from torch import Tensor
 
@@ -62,16 +63,18 @@ def zip_documents(
 
 
 class PendingShard:
-    """The documents of the next shard, and their states."""
+    """The documents of the next shard, and their states; `begun`: when the first came."""
 
     def __init__(self):
         self.rows: list[NewDocument] = []
         self.ids: set[str] = set()
         self.tokens = self.nbytes = 0
+        self.begun = perf_counter()
         self._parts: list[dict[str, Tensor]] = []
 
     def append(self, document: NewDocument, parts: dict[str, Tensor]) -> None:
         """Put a document behind the others."""
+        self.begun = self.begun if self.rows else perf_counter()
         self.rows.append(replace(document, start=self.tokens))
         self.ids.add(document.id)
         self.tokens += document.tokens

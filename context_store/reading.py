@@ -64,7 +64,7 @@ class ShardReader:
     """The open shards of a namespace, and reading documents from them.
 
     A document's checksum is compared when it is first read through an open shard. Every later read looks whether the
-    shard's file is there, has its size and was not written to since; if it was, checksums are compared again.
+    shard's file is there, has its size and was not written to since; if it was, it is opened and compared anew.
 
     Args:
         catalogue: knows where documents lie.
@@ -84,7 +84,7 @@ class ShardReader:
         self.token_bytes = 0
 
     def shard(self, number: int) -> MappedShard:
-        """An open shard; opened anew if its file was cut, replaced or evicted meanwhile.
+        """An open shard; opened anew if its file was cut, written to, replaced or evicted meanwhile.
 
         Raises:
             DamagedShardError: the file is gone, cut or altered.
@@ -166,7 +166,7 @@ class ShardReader:
         return cache, views
 
     def _known(self, ids: Sequence[str]) -> list[View] | None:
-        """Views of documents that were all read before, if they and their files are unchanged."""
+        """Views of documents that were all read before, if they and their shards are unchanged."""
         views, now = [], time.time()
         for document_id in ids:
             view = self._views.get(document_id)
@@ -178,7 +178,7 @@ class ShardReader:
                 shard.check()
         except DamagedShardError:
             return None
-        return views if all(view.place.document in view.shard.verified for view in views) else None
+        return views
 
     def _look_up(self, ids: Sequence[str], where: str) -> list[View]:
         """Views of documents by the catalogue, checksums compared."""

@@ -59,7 +59,8 @@ class Part:
 
     def tensor(self, rows: numpy.ndarray) -> Tensor:
         """Such rows in the part's dtype and shape; a view."""
-        return torch.from_numpy(rows).view(self.dtype).view(-1, *self.shape[1:])
+        tensor = torch.from_numpy(rows).view(self.dtype)
+        return tensor if len(self.shape) == 2 else tensor.view(-1, *self.shape[1:])
 
 
 def state_parts(cache: ContextCache) -> dict[str, Tensor]:
@@ -194,7 +195,7 @@ class MappedShard:
             self._file = open(path, "r+b" if self.writable else "rb", buffering=0)  # noqa: SIM115
         except FileNotFoundError as error:
             raise DamagedShardError(f"{path} is gone.") from error
-        self._modified = self._check_status()
+        self._modified = self._status().st_mtime_ns
         header = read_header(self._file)
         if checksum([header]) != header_checksum:
             raise DamagedShardError(f"{path} has an altered header.")
@@ -212,25 +213,23 @@ class MappedShard:
         with open(path, "rb") as file:
             return checksum([read_header(file)])
 
-    def _check_status(self) -> int:
-        """Time of the last write to the file that is open."""
+    def _status(self) -> os.stat_result:
+        """Of the file that is open, which must be there in its size."""
         status = os.fstat(self._file.fileno())
         if not status.st_nlink:
             raise DamagedShardError(f"{self.path} is gone.")
         if status.st_size != self.nbytes:
             raise DamagedShardError(f"{self.path} has {status.st_size} bytes, the catalogue says {self.nbytes}.")
-        return status.st_mtime_ns
+        return status
 
     def check(self) -> None:
-        """Look whether the file was cut or written to since it was mapped; what was verified then no longer is.
+        """Look whether the file is as it was when it was mapped.
 
         Raises:
-            DamagedShardError: cut short or gone: touching the map would kill the process.
+            DamagedShardError: gone, or cut short: touching the map would kill the process; or written to.
         """
-        modified = self._check_status()
-        if modified != self._modified:
-            self.verified.clear()
-            self._modified = modified
+        if self._status().st_mtime_ns != self._modified:
+            raise DamagedShardError(f"{self.path} was written to.")
 
     def __del__(self):
         if hasattr(self, "_file"):

@@ -101,7 +101,7 @@ class RemoteShard(MappedShard):
 
     def check(self) -> None:
         """Look whether the local file was evicted; what is fetched is written to it, so its time says nothing."""
-        self._check_status()
+        self._status()
 
     def load(self, documents: Sequence[tuple[int, int, bytes]]) -> None:
         """Fetch those of the documents (start, tokens, checksum) that are not here, all at once."""

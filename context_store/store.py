@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 DTYPES = ("float32", "bfloat16", "float16", "int8", "int4")
 SHARD_BYTES = 64 << 20
 DOCUMENTS_AT_ONCE = 64
+# seconds of encoding that a crash may lose: shards of slow machines are written before they are full
+UNWRITTEN_SECONDS = 60.0
 USES_KEPT = 10_000
 
 
@@ -210,6 +212,8 @@ class ContextStore(ReadableStore):
             report.encoded += len(group)
             report.tokens += cache.offsets[-1]
             self.metrics.add(documents_encoded=len(group), tokens_encoded=cache.offsets[-1])
+            if perf_counter() - pending.begun > UNWRITTEN_SECONDS:
+                self._write(pending)
         report.seconds += perf_counter() - begin
 
     def _update_unchanged(self, rows: dict[str, tuple[dict | None, str, float]], expires: float) -> None:

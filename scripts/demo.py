@@ -1,4 +1,4 @@
-"""Encode passages once, then answer questions about them from the cache file in a new process.
+"""Encode passages once into a context store, then answer questions about them from the store in a new process.
 
 python scripts/demo.py [--json FILE] [--checkpoint FOLDER] [--passages FOLDER]
 """
@@ -8,33 +8,17 @@ import json
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
 import torch
 from load_model import load_model
-from transformers.generation.streamers import BaseStreamer
 
+from context_store import ContextStore
+from context_store.answering import FirstToken
 from dataset_builders.provenance import write_result
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-class FirstToken(BaseStreamer):
-    """Notes when the first new token arrives; `generate` sends the prompt first."""
-
-    def __init__(self):
-        self.start, self.seconds, self.calls = time.perf_counter(), None, 0
-
-    def put(self, value: torch.Tensor) -> None:
-        self.calls += 1
-        if self.calls == 2:
-            self.seconds = time.perf_counter() - self.start
-
-    def end(self) -> None:
-        """Nothing to close."""
 
 
 def read_passages(folder: Path) -> list[dict]:
@@ -42,39 +26,30 @@ def read_passages(folder: Path) -> list[dict]:
     return [{"name": path.stem, **json.loads(path.read_text())} for path in sorted(folder.glob("*.json"))]
 
 
-def timed(function: Callable, repeats: int = 3) -> tuple[float, object]:
-    """Median seconds of `repeats` calls, and the last result."""
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        result = function()
-        seconds.append(time.perf_counter() - start)
-    return median(seconds), result
-
-
 def encode(arguments: argparse.Namespace) -> list[dict]:
-    """Encode every passage into a cache file of its own."""
+    """Encode every passage into the store."""
     model, processor = load_model(arguments.checkpoint)
     config = model.config
     kv_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * model.dtype.itemsize
     rows = []
-    for passage in read_passages(arguments.passages):
-        inputs = processor(contexts=[passage["text"]], return_tensors="pt")
-        model.encode_context(**inputs)
-        seconds, cache = timed(lambda inputs=inputs: model.encode_context(**inputs))
-        path = arguments.caches / f"{passage['name']}.safetensors"
-        cache.save(path)
-        tokens = cache.num_tokens
-        rows.append(
-            {
-                "passage": passage["name"],
-                "tokens": tokens,
-                "file_bytes": path.stat().st_size,
-                "bytes_per_token": cache.bytes_per_token,
-                "kv_cache_bytes": kv_bytes * tokens,
-                "encode_seconds": seconds,
-            }
-        )
+    with ContextStore(arguments.store, model, processor) as store:
+        for passage in read_passages(arguments.passages):
+            name, text = passage["name"], passage["text"]
+            # the first run warms up
+            model.encode_context(**processor(contexts=[text], return_tensors="pt"))
+            with store.request() as cost:
+                store.add(name, text, progress=False)
+            cache = store.get(name)
+            rows.append(
+                {
+                    "passage": name,
+                    "tokens": cache.num_tokens,
+                    "file_bytes": cache.nbytes + cache.token_ids.nbytes,
+                    "bytes_per_token": cache.bytes_per_token,
+                    "kv_cache_bytes": kv_bytes * cache.num_tokens,
+                    "encode_seconds": cost.encode_seconds,
+                }
+            )
     return rows
 
 
@@ -90,13 +65,14 @@ def first_token_seconds(model, inputs: dict, repeats: int = 3, **options) -> flo
 
 
 def answer(arguments: argparse.Namespace) -> list[dict]:
-    """In a process that never saw the passages' states: load each cache file, answer, and time the first token."""
+    """In a process that never saw the passages' states: read each from the store, answer, time the first token."""
     model, processor = load_model(arguments.checkpoint)
     tokenizer = processor.tokenizer
     rows = []
+    store = ContextStore(arguments.store, model, processor, read_only=True)
     for passage in read_passages(arguments.passages):
-        path = arguments.caches / f"{passage['name']}.safetensors"
-        load_seconds, cache = timed(lambda path=path: model.load_context(path))
+        with store.request() as cost:
+            cache = store.get(passage["name"])
         questions = [question for question, _ in passage["questions"]]
         inputs = processor(text=questions, return_tensors="pt")
         options = {"max_new_tokens": 24, "do_sample": False}
@@ -107,7 +83,7 @@ def answer(arguments: argparse.Namespace) -> list[dict]:
         in_prompt = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
         rows.append(
             {
-                "load_seconds": load_seconds,
+                "load_seconds": cost.get_seconds,
                 "first_token_from_cache_seconds": first_token_seconds(model, single, context_cache=cache),
                 "first_token_from_prompt_seconds": first_token_seconds(model, in_prompt),
                 "answers": [
@@ -140,18 +116,18 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     parser.add_argument("--checkpoint", help="folder of added weights, model folder or Hub id; 'untrained'")
     parser.add_argument("--passages", type=Path, default=ROOT / "scripts" / "passages")
-    parser.add_argument("--caches", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--store", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    if arguments.caches is not None:
-        # the second process: read the cache files, report on stdout
+    if arguments.store is not None:
+        # the second process: read the store, report on stdout
         print(json.dumps(answer(arguments)))
         return 0
     with tempfile.TemporaryDirectory() as folder:
-        arguments.caches = Path(folder)
+        arguments.store = Path(folder)
         rows = encode(arguments)
-        print("Encoded and saved; a new process now answers from the cache files.")
-        command = [sys.executable, __file__, "--caches", folder, "--passages", str(arguments.passages)]
+        print("Encoded into a store; a new process now answers from it.")
+        command = [sys.executable, __file__, "--store", folder, "--passages", str(arguments.passages)]
         command += [] if arguments.checkpoint is None else ["--checkpoint", arguments.checkpoint]
         output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
         rows = [row | read for row, read in zip(rows, json.loads(output.splitlines()[-1]), strict=True)]
