@@ -18,10 +18,8 @@ import torch
 LOGITS_TOLERANCE = 0.1
 # `python -S` and site-packages as a plain folder: the editable install of this repository is not seen
 PRELUDE = """
-import sys
+import json, sys
 sys.path.append({packages!r})
-import json, torch
-torch.set_num_threads({threads})
 """
 
 
@@ -75,7 +73,7 @@ print(json.dumps(found))
 
 KERNEL_CHECK = """
 from pathlib import Path
-import kernels
+import kernels, torch
 kernel = kernels.get_local_kernel(Path(sys.argv[1]))
 sys.path.insert(0, sys.argv[2])
 import xcllama_kernels
@@ -99,7 +97,7 @@ def run_clean(code: str, *arguments: str, **variables: str) -> Any:
         ValueError: it failed; the message ends with its last line.
     """
     packages = next(path for path in site.getsitepackages() if path.endswith("site-packages"))
-    prelude = PRELUDE.format(packages=packages, threads=torch.get_num_threads())
+    prelude = PRELUDE.format(packages=packages)
     with tempfile.TemporaryDirectory() as home:
         environment = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
         environment |= {"HOME": home, "HF_HOME": f"{home}/hf", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}

@@ -16,7 +16,7 @@ SUPPORT = runpy.run_path(str(TESTS / "publishing_support.py"))
 NAME = "xc-smollm2-135m"
 
 READ_BACK = """
-import datasets, kernels
+import datasets, kernels, torch
 from transformers import AutoModelForCausalLM, AutoProcessor, pipeline
 from huggingface_hub import snapshot_download
 repo, question, text = "tester/xc-smollm2-135m", "Who?", "Margaret Hale."
