@@ -50,8 +50,7 @@ fuzz: .venv/.installed
 
 # compiles for four chips, no GPU needed; what was compiled from the same code before is not compiled again
 kernels-inspect: .venv/.installed
-	$(BIN)/python kernels/benchmarks/inspect_kernels.py --cache $(HOME)/.cache/xcllama/kernels_inspect.jsonl \
-		--output results/kernels_inspect.json
+	$(BIN)/python kernels/benchmarks/inspect_kernels.py --output results/kernels_inspect.json
 
 # three stages, hours on one core; an interrupted run goes on where it stopped
 train-small: models

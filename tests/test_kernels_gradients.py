@@ -68,8 +68,9 @@ def check(case: Case, with_lse: bool = False) -> None:
         ([65, 0, 3, 20], [2, 0, 0, 1, 0], 7, (6, 2), 48),
         ([1, 70], [1, 0], 35, (2, 2), 32),
         ([40], [0, 0, 0], 1, (9, 3), 64),
+        ([9, 20], [1, 0], 3, (2, 1), 200),
     ],
-    ids=["shared", "tiny", "decode"],
+    ids=["shared", "tiny", "decode", "wide"],
 )
 def test_gradients(lengths, rows, query_len, heads, head_dim, dtype):
     check(random_case(lengths, rows, query_len, *heads, head_dim, dtype), with_lse=query_len == 7)

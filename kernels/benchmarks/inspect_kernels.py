@@ -25,6 +25,7 @@ from xcllama_kernels.decode import plan_decode
 from xcllama_kernels.forward import plan_forward
 from xcllama_kernels.launch import INTERPRETED
 
+CACHE = Path.home() / ".cache" / "xcllama" / "kernels_inspect.jsonl"
 WITHOUT_PRODUCTS = ("combine_kernel", "inverse_rms_kernel")
 
 
@@ -48,20 +49,19 @@ def problems(record: dict) -> list[str]:
     return found
 
 
-def inspect_cached(variant: Variant, target: str, cache: Path | None) -> dict[str, object]:
+def inspect_cached(variant: Variant, target: str, cache: Path) -> dict[str, object]:
     """One record of the results, from the lines of `cache` where the same code was compiled for the same variant."""
     code = source_of(variant.launch).hash()
     identity = [code, target, variant.launch.options(), variant.traffic.requested, triton.__version__]
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
-    if cache is not None and cache.exists():
+    if cache.exists():
         for line in cache.read_text().splitlines():
             if line.startswith(key):
                 return json.loads(line.partition(" ")[2])
     record = inspect_variant(variant, target)
-    if cache is not None:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        with cache.open("a") as file:
-            file.write(f"{key} {json.dumps(record)}\n")
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    with cache.open("a") as file:
+        file.write(f"{key} {json.dumps(record)}\n")
     return record
 
 
@@ -83,7 +83,7 @@ def inspect_variant(variant: Variant, target: str) -> dict[str, object]:
     return record | {"problems": problems(record)}
 
 
-def inspect_part(part: tuple[str, str], one_a_kernel: bool, head_dims: list[int], cache: Path | None) -> list[dict]:
+def inspect_part(part: tuple[str, str], one_a_kernel: bool, head_dims: list[int], cache: Path) -> list[dict]:
     """The records of one chip and data type; what breaks a rule is printed at once."""
     target, dtype = part
     records = []
@@ -125,7 +125,9 @@ def main() -> int:
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES))
     parser.add_argument("--head-dims", nargs="+", type=int, default=list(HEAD_DIMS), choices=HEAD_DIMS)
     parser.add_argument("--jobs", type=int, default=2, help="processes that compile")
-    parser.add_argument("--cache", type=Path, help="records to reuse where the code is the same")
+    parser.add_argument(
+        "--cache", type=Path, default=CACHE, help=f"records of the same code, not compiled again ({CACHE})"
+    )
     parser.add_argument("--one-a-kernel", action="store_true", help="the default configuration in bf16 only")
     arguments = parser.parse_args()
     if INTERPRETED:
