@@ -83,6 +83,9 @@ def assemble_model(
     """
     model, processor = load_source(source, base)
     model.config.base_model_digest = model.base_digest()
+    if model.config.encoder_config is not None:
+        # not the folder of this machine that it was read from
+        model.config.encoder_config._name_or_path = model.config.encoder_name_or_path
     if is_added_weights(source):
         card = checkpoint_card(source.name, source, model.config, results, repo_id)
     elif original is not None:

@@ -43,7 +43,7 @@ def hub_on_loopback(root: Path) -> Iterator:
             del sys.modules[name]
 
 
-def make_checkpoint(cache: Path, folder: Path, **fields) -> Path:
+def make_checkpoint(cache: Path, folder: Path, encoder: Path | None = None, **fields) -> Path:
     """Added weights of a tiny random model whose base lies in the folder `cache` (XCLLAMA_CACHE), with the training
     records of the repository's own checkpoint, so that its card is filled from the real results/."""
     torch.manual_seed(0)
@@ -58,7 +58,7 @@ def make_checkpoint(cache: Path, folder: Path, **fields) -> Path:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
     tokenizer.save_pretrained(base)
     fields = {"context_layer": 2, "cross_attention_layers": [1, 2], "base_model_name_or_path": BASE} | fields
-    model = XCLlamaForCausalLM.from_decoder(str(base), **fields)
+    model = XCLlamaForCausalLM.from_decoder(str(base), encoder, **fields)
     with torch.no_grad():
         for _, weight in model.added_parameters():
             if weight.dim() == 2:

@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import EvalResultEntry, ModelCard
-from transformers import BertConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 from dataset_builders import SOURCES
 from model_cards.assembling import assemble_kernel, assemble_model, load_source
@@ -203,6 +203,25 @@ def test_a_conversion_is_assembled(tmp_path, monkeypatch):
     config = json.loads((tmp_path / "repo" / "config.json").read_text())
     assert config["base_model_name_or_path"] == "meta-llama/Llama-2-7b-hf"
     assert (tmp_path / "repo" / "modeling_xcllama.py").is_file()
+
+
+def test_a_model_with_an_encoder_is_assembled(tmp_path, monkeypatch):
+    """Its card names both base models, and no file a folder of this machine."""
+    monkeypatch.setenv("XCLLAMA_CACHE", str(tmp_path / "cache"))
+    name = "sentence-transformers/all-MiniLM-L6-v2"
+    encoder = tmp_path / "cache" / "models" / "all-MiniLM-L6-v2"
+    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    BertModel(BertConfig(vocab_size=320, **sizes)).save_pretrained(encoder)
+    fields = {"context_layer": None, "encoder_name_or_path": name}
+    added = SUPPORT["make_checkpoint"](tmp_path / "cache", tmp_path / "xc-enc", encoder, **fields)
+    AutoTokenizer.from_pretrained(tmp_path / "cache" / "models" / "SmolLM2-135M-Instruct").save_pretrained(encoder)
+    assemble_model(added, tmp_path / "repo", "org/xc-enc", RESULTS)
+    card = (tmp_path / "repo" / "README.md").read_text()
+    assert check_card(card, "card")["base_model"] == [SUPPORT["BASE"], name]
+    assert f"| encoder | {name}, as it is |" in card
+    assert "last layer, 24 values wide" in card
+    for path in (tmp_path / "repo").rglob("*.json"):
+        assert str(tmp_path) not in path.read_text(), path
 
 
 def test_bytes_a_token_are_what_a_request_holds(make_llama):
