@@ -3,6 +3,7 @@
 import json
 import resource
 import runpy
+import shutil
 import time
 from pathlib import Path
 
@@ -383,3 +384,32 @@ def test_a_dry_run_without_a_token_asks_nobody(server, tmp_path, monkeypatch, ca
     (space / "app.py").unlink()
     with pytest.raises(ValueError, match=r"holds no Space: it has no app\.py"):
         publish(release, None, dry_run=True)
+
+
+@pytest.mark.parametrize(
+    ("breakage", "message"),
+    [
+        ("weights", r"has no weights: neither cross_attention\.safetensors nor model\.safetensors"),
+        ("base", "belongs to HuggingFaceTB/SmolLM2-135M-Instruct, which cannot be found"),
+        ("records", r"has no training\.json, which fills its card"),
+        ("slot", r"model_card\.md\.jinja has an empty slot"),
+    ],
+)
+def test_nothing_is_sent_when_a_model_cannot_be_made(server, tmp_path, monkeypatch, capsys, breakage, message):
+    monkeypatch.setenv("XCLLAMA_CACHE", str(tmp_path / "cache"))
+    checkpoint = SUPPORT["make_checkpoint"](tmp_path / "cache", tmp_path / "tiny")
+    if breakage == "weights":
+        (checkpoint / "cross_attention.safetensors").unlink()
+    elif breakage == "base":
+        shutil.rmtree(tmp_path / "cache" / "models")
+    elif breakage == "records":
+        (checkpoint / "training.json").unlink()
+    else:
+        trained = json.loads((checkpoint / "training.json").read_text())
+        (checkpoint / "training.json").write_text(json.dumps(trained | {"base_source": None}))
+    sent = []
+    server.store.faults.append(lambda handler: handler.command != "GET" and sent.append(handler.path))
+    with pytest.raises(ValueError, match=message) as error:
+        publish(Release("model", "tester", "v1", checkpoint=checkpoint), None, dry_run=False)
+    assert "\n" not in str(error.value)
+    assert [path for path in sent if path.startswith("/api/")] == []
