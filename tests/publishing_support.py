@@ -2,16 +2,18 @@
 
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import constants
+from huggingface_hub import HfApi, HfFileSystem, constants
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from model_cards.uploading import Target, compare, upload
 from modeling_xcllama import XCLlamaForCausalLM
 
 TESTS = Path(__file__).resolve().parent
@@ -67,3 +69,36 @@ def make_checkpoint(cache: Path, folder: Path, encoder: Path | None = None, **fi
     for name in ("training.json", "recipe.yaml"):
         shutil.copy(CHECKPOINT / name, folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    HfFileSystem.clear_instance_cache()
+    with hub_on_loopback(tmp_path_factory.mktemp("hub")) as server:
+        yield server
+    HfFileSystem.clear_instance_cache()
+
+
+@pytest.fixture
+def quiet(server, tmp_path, monkeypatch):
+    """Each test begins with a healthy server and an empty cache; the clients do not wait between attempts."""
+    server.store.faults.clear()
+    server.store.role, server.store.organizations = "write", []
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub_cache"))
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+
+
+def model_target(name: str, **fields) -> Target:
+    return Target(
+        **({"repo_id": f"tester/{name}", "repo_type": "model", "marker": "config.json", "tag": "v1"} | fields)
+    )
+
+
+def push(folder: Path, target: Target) -> str:
+    api = HfApi()
+    return upload(api, folder, target, compare(api, folder, target), "test")
+
+
+def tree(repo_id: str, **where) -> dict[str, int]:
+    entries = HfApi().list_repo_tree(repo_id, recursive=True, **where)
+    return {entry.path: entry.size for entry in entries if hasattr(entry, "size")}

@@ -1,45 +1,22 @@
-"""Publishing and fetching with something in the way: a clear line, the old revision whole, nothing half-written."""
+"""Publishing with something in the way: a clear line, the old revision whole, nothing sent in vain."""
 
 import json
-import resource
 import runpy
 import shutil
-import time
 from pathlib import Path
 
 import pytest
-import torch
-from huggingface_hub import HfApi, HfFileSystem, constants
-from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub import HfApi
 
-from context_store import ContextStore
-from context_store.snapshot import pull
-from model_cards.assembling import write_index
 from model_cards.publishing import Release, publish
-from model_cards.uploading import Target, check_rights, compare, upload
-from modeling_xcllama.context_repository import load_contexts
+from model_cards.uploading import check_rights, compare, upload
 
 TESTS = Path(__file__).resolve().parent
 SUPPORT = runpy.run_path(str(TESTS / "publishing_support.py"))
-STORE = runpy.run_path(str(TESTS / "store_support.py"))
-TEXTS = {f"document {number}": f"lighthouse number {number} " * (20 + number) for number in range(30)}
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    HfFileSystem.clear_instance_cache()
-    with SUPPORT["hub_on_loopback"](tmp_path_factory.mktemp("hub")) as server:
-        yield server
-    HfFileSystem.clear_instance_cache()
-
-
-@pytest.fixture(autouse=True)
-def quiet(server, tmp_path, monkeypatch):
-    """Each test begins with a healthy server and an empty cache; the clients do not wait between attempts."""
-    server.store.faults.clear()
-    server.store.role, server.store.organizations = "write", []
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub_cache"))
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+server, quiet, model_target, push, tree = (
+    SUPPORT[name] for name in ("server", "quiet", "model_target", "push", "tree")
+)
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 @pytest.fixture
@@ -51,39 +28,6 @@ def folder(tmp_path) -> Path:
     for name in ("one", "two"):
         (tmp_path / "folder" / f"{name}.safetensors").write_bytes(name.encode() * 50_000)
     return tmp_path / "folder"
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Path:
-    """A snapshot of several shards, with the index that `load_contexts` reads."""
-    folder = tmp_path_factory.mktemp("corpus")
-    with ContextStore(folder / "s", STORE["TableModel"](), STORE["ByteProcessor"](), shard_bytes=80_000) as store:
-        store.add(TEXTS.keys(), TEXTS.values())
-        manifest = store.snapshot(folder / "snapshot")
-    write_index(folder / "snapshot", manifest)
-    assert len(manifest.shards) > 2
-    return folder / "snapshot"
-
-
-def model_target(name: str, **fields) -> Target:
-    return Target(
-        **({"repo_id": f"tester/{name}", "repo_type": "model", "marker": "config.json", "tag": "v1"} | fields)
-    )
-
-
-def push(folder: Path, target: Target) -> str:
-    api = HfApi()
-    return upload(api, folder, target, compare(api, folder, target), "test")
-
-
-def push_corpus(corpus: Path, name: str, **fields) -> str:
-    push(corpus, model_target(name, repo_type="dataset", marker="manifest.json", **fields))
-    return f"tester/{name}"
-
-
-def tree(repo_id: str, **where) -> dict[str, int]:
-    entries = HfApi().list_repo_tree(repo_id, recursive=True, **where)
-    return {entry.path: entry.size for entry in entries if hasattr(entry, "size")}
 
 
 def test_who_may_not_write_is_told_before_anything_is_sent(server, monkeypatch):
@@ -224,130 +168,6 @@ def test_an_upload_cut_off_leaves_the_old_revision_and_goes_on(server, folder):
     assert tree("tester/cut", revision="v2")["two.safetensors"] == 180_000
     # what arrived whole was not sent again
     assert set(again) == set(seen) - arrived
-
-
-def cut_download(part: str):
-    """A fault: downloads of files with `part` in their path end in the middle."""
-
-    def fault(handler) -> bool:
-        if handler.command != "GET" or "/resolve/" not in handler.path or part not in handler.path:
-            return False
-        handler.send_response(200)
-        handler.send_header("Content-Length", "60000")
-        handler.end_headers()
-        handler.wfile.write(b"x" * 1000)
-        handler.close_connection = True
-        handler.connection.close()
-        return True
-
-    return fault
-
-
-def assert_whole(repo_id: str, corpus: Path) -> None:
-    """The corpus loads, and is what was published."""
-    cache, ids = load_contexts(repo_id), json.loads((corpus / "contexts.json").read_text())["files"]
-    model = STORE["TableModel"]()
-    names = [name for file in ids for name in file["ids"]]
-    assert sorted(names) == sorted(TEXTS)
-    for row, name in enumerate(names):
-        assert torch.equal(STORE["row_states"](cache, row), model.states(TEXTS[name]))
-
-
-def test_a_download_cut_off_is_never_loaded(server, corpus, monkeypatch):
-    repo_id = push_corpus(corpus, "dropped")
-    server.store.faults.append(cut_download("shards/"))
-    with pytest.raises(HTTPError, match="closed connection"):
-        load_contexts(repo_id)
-    # the cache has the index and no shard: offline there is nothing to load
-    with monkeypatch.context() as offline:
-        offline.setattr(constants, "HF_HUB_OFFLINE", True)
-        with pytest.raises((ValueError, LocalEntryNotFoundError)):
-            load_contexts(repo_id)
-    server.store.faults.clear()
-    assert_whole(repo_id, corpus)
-
-
-def test_a_full_disk_while_downloading(server, corpus, tmp_path):
-    repo_id = push_corpus(corpus, "full")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    # the kernel refuses to write more, in the middle of a file
-    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, hard))
-    try:
-        with pytest.raises(OSError, match="File too large"):
-            load_contexts(repo_id)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    found = {path.name: path.stat().st_size for path in (tmp_path / "hub_cache").rglob("snapshots/*/shards/*")}
-    sizes = {path.name: path.stat().st_size for path in (corpus / "shards").iterdir()}
-    # those that fit are whole, of the others there is nothing
-    assert found.items() < sizes.items()
-    assert_whole(repo_id, corpus)
-
-
-def test_a_private_corpus_needs_the_token(server, corpus, monkeypatch):
-    repo_id = push_corpus(corpus, "secret", private=True)
-    with monkeypatch.context() as stranger:
-        stranger.delenv("HF_TOKEN")
-        with pytest.raises(RepositoryNotFoundError):
-            load_contexts(repo_id)
-    assert_whole(repo_id, corpus)
-
-
-def test_a_fixed_revision_does_not_move(server, corpus, tmp_path):
-    repo_id = push_corpus(corpus, "fixed")
-    api = HfApi()
-    index = json.loads((corpus / "contexts.json").read_text())
-    less = {**index, "files": index["files"][:1]}
-    where = {"repo_id": repo_id, "repo_type": "dataset"}
-    api.upload_file(path_or_fileobj=json.dumps(less).encode(), path_in_repo="contexts.json", **where)
-    assert len(load_contexts(repo_id, revision="v1")) == len(TEXTS)
-    assert len(load_contexts(repo_id)) == len(index["files"][0]["ids"])
-    with pytest.raises(ValueError, match="`revision` is for a repository on the Hub"):
-        load_contexts(corpus, revision="v1")
-
-
-@pytest.mark.parametrize("change", ["name", "sha256", "tokens", "missing", "format"])
-def test_an_index_is_not_trusted(server, corpus, tmp_path, change):
-    for path in corpus.rglob("*"):
-        if path.is_file():
-            (tmp_path / "c" / path.relative_to(corpus)).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / "c" / path.relative_to(corpus)).write_bytes(path.read_bytes())
-    index = json.loads((corpus / "contexts.json").read_text())
-    first = index["files"][0]
-    if change == "name":
-        first["name"] = "../../etc/x.safetensors"
-    elif change == "sha256":
-        first["sha256"] = "0" * 64
-    elif change == "tokens":
-        first["tokens"][0] += 1
-    elif change == "missing":
-        (tmp_path / "c" / first["name"]).unlink()
-    else:
-        index["format"] = "other"
-    (tmp_path / "c" / "contexts.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match=r"the contexts in .* cannot be read: .*; fetch them again\."):
-        load_contexts(tmp_path / "c")
-    (tmp_path / "c" / "contexts.json").unlink()
-    with pytest.raises(ValueError, match=r"no published corpus of contexts: it has no contexts\.json"):
-        load_contexts(tmp_path / "c")
-
-
-def test_a_store_pushes_to_the_hub_is_served_from_it_and_pulled(server, tmp_path):
-    model, processor = STORE["TableModel"](), STORE["ByteProcessor"]()
-    api, url = HfApi(), "hf://datasets/tester/pushed"
-    api.create_repo("tester/pushed", repo_type="dataset")
-    with ContextStore(tmp_path / "s", model, processor, shard_bytes=80_000) as store:
-        store.add(TEXTS.keys(), TEXTS.values())
-        store.snapshot(url)
-    with ContextStore.open(url, model, processor, cache_folder=tmp_path / "ranges") as store:
-        cache = store.get(["document 7"])
-        assert torch.equal(STORE["row_states"](cache, 0), model.states(TEXTS["document 7"]))
-        nbytes = sum(size for name, size in tree("tester/pushed", repo_type="dataset").items() if "shards/" in name)
-        # by range, not whole shards
-        assert 0 < store.metrics.total.bytes_fetched < nbytes / 3
-    pull(url, tmp_path / "copy")
-    with ContextStore.open(tmp_path / "copy", model, processor, cache_folder=tmp_path / "ranges") as store:
-        assert store.verify().checked == len(TEXTS)
 
 
 def test_a_dry_run_without_a_token_asks_nobody(server, tmp_path, monkeypatch, capsys):
