@@ -11,6 +11,8 @@ from pathlib import Path
 # no usage statistics: neither Gradio's nor the Hub client's
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+# PDF files are read by a process of their own: no threads of a tokenizer beside it
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import gradio as gr
 from handlers import Handlers

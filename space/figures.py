@@ -30,6 +30,11 @@ def message(text: str, kind: str = "note") -> str:
     return f'<p class="message {kind}"><span aria-hidden="true">{mark}</span> {escape(text)}</p>'
 
 
+def hint(text: str) -> str:
+    """A line in place of a figure that is not there yet."""
+    return f'<p class="hint">{escape(text)}</p>'
+
+
 def answer_figures(answer: Answer) -> str:
     """Time to the first token and speed."""
     speed = f" · {answer.tokens_per_second:.1f} tokens/s" if answer.num_tokens > 1 else ""
@@ -43,7 +48,7 @@ def answer_figures(answer: Answer) -> str:
 def costs(documents: Sequence[Document], bytes_per_token: dict[str, float]) -> str:
     """A table of the documents: tokens, time to encode, bytes of the cache beside those of a KV cache."""
     if not documents:
-        return '<p class="hint">No document is switched on: the model answers from what it knows.</p>'
+        return hint("No document is switched on: the model answers from what it knows.")
     kv_bytes = next(iter(bytes_per_token.values()))
     rows = []
     for document in documents:
@@ -82,7 +87,7 @@ def bytes_chart(bytes_per_token: dict[str, float]) -> str:
 def latency_chart(timings: Sequence[Timing]) -> str:
     """Time to the first token of the last questions, newest first."""
     if not timings:
-        return '<p class="hint">The times of your questions appear here.</p>'
+        return hint("The times of your questions appear here.")
     parts = []
     for timing in reversed(timings):
         rows = [(name, seconds, f"{seconds:.2f} s") for name, seconds in timing.first_token_seconds.items()]

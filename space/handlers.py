@@ -112,7 +112,7 @@ class Handlers:
         except DocumentError as error:
             yield "", figures.message(str(error), "error"), "", gr.skip(), escape(str(error))
             return
-        shown = '<p class="hint">No document was read.</p>'
+        shown = figures.hint("Too much text to show what was attended to." if documents else "No document was read.")
         if answer.weights is not None:
             evidence = self.reader.evidence(answer.weights, documents)
             shown = figures.highlighted(documents, answer.weights, evidence)

@@ -3,6 +3,7 @@
 import queue
 import sys
 import threading
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -17,7 +18,9 @@ from transformers.generation.streamers import BaseStreamer
 from visitors import Document
 
 SECTION_TOKENS = 1024
-MAX_QUESTION_TOKENS = 512
+MAX_QUESTION_TOKENS = 256
+# pairs of a token and a context token whose attention is looked at; each takes 300 bytes in the small model
+MAX_ATTENTION_PAIRS = 2**21
 # where a section may end, best first
 BREAKS = ("\n\n", "\n", ". ", " ")
 
@@ -32,7 +35,7 @@ class Answer:
         first_token_seconds: from the start of the work, not of the wait for it, to the first token.
         seconds: from the start to the last token.
         weights: share of the attention of each context token, `[num_context_tokens]`; None before the answer is
-            complete, and where no context was read.
+            complete, and where no context was read or too much of it.
         complete: the last state.
     """
 
@@ -99,19 +102,29 @@ class Reader:
         self.max_new_tokens, self.max_document_tokens = max_new_tokens, max_document_tokens
         self.max_prompt_tokens = min(max_prompt_tokens, model.config.max_position_embeddings - max_new_tokens)
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
+        # a tokenizer must not be set up for two texts at once
+        self._tokenizing = threading.Lock()
         self.bytes_per_token = self._bytes_per_token()
 
     def _bytes_per_token(self) -> dict[str, float]:
         """What a token costs in memory, by kind of cache."""
         config = self.model.config
         values = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-        cache = self.model.encode_context(**self.processor(contexts=["one two three"], return_tensors="pt"))
+        cache = self.model.encode_context(**self._process(contexts=["one two three"]))
         return {
             "KV cache of the decoder": float(values * self.model.dtype.itemsize),
             "context cache": cache.bytes_per_token,
             "context cache, int8": cache.quantize("int8").bytes_per_token,
             "context cache, int4": cache.quantize("int4").bytes_per_token,
         }
+
+    def _process(self, **options) -> dict:
+        with self._tokenizing:
+            return self.processor(**options, return_tensors="pt")
+
+    def _tokenize(self, prompt: str) -> dict:
+        with self._tokenizing:
+            return self.processor.tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
 
     def count_tokens(self, text: str, name: str) -> int:
         """Tokens of a text.
@@ -129,14 +142,13 @@ class Reader:
         return count
 
     def _spans(self, text: str) -> Tensor:
-        encoding = self.processor(contexts=[text], return_tensors="pt", return_offsets_mapping=True)
-        return encoding["context_offset_mapping"][0].int()
+        return self._process(contexts=[text], return_offsets_mapping=True)["context_offset_mapping"][0].int()
 
     def sections(self, text: str) -> list[tuple[int, int]]:
         """Characters of each section, about `SECTION_TOKENS` tokens or fewer; cut between paragraphs if possible."""
         starts = self._spans(text)[:, 0].tolist()
         cuts = [0]
-        while (position := _first_at_least(starts, cuts[-1]) + SECTION_TOKENS) < len(starts):
+        while (position := bisect_left(starts, cuts[-1]) + SECTION_TOKENS) < len(starts):
             # not before the middle: sections would become too small
             low, high = starts[position - SECTION_TOKENS // 2], starts[position]
             cuts.append(_last_break(text, low, high))
@@ -150,17 +162,21 @@ class Reader:
             text: to encode.
             report: gets the share that is done, 0 to 1.
         """
-        start, caches, spans, starts = perf_counter(), [], [], []
+        encoded, spans, starts = [], [], []
         sections = self.sections(text)
         for number, (first, last) in enumerate(sections):
             report(number / len(sections))
-            inputs = self.processor(contexts=[text[first:last]], return_tensors="pt", return_offsets_mapping=True)
+            inputs = self._process(contexts=[text[first:last]], return_offsets_mapping=True)
             starts.append(sum(len(part) for part in spans))
             spans.append(inputs.pop("context_offset_mapping")[0].int() + first)
-            caches.append(self._worker.submit(self.model.encode_context, **inputs).result())
+            encoded.append(self._worker.submit(self._encode, inputs).result())
         report(1.0)
-        cache = caches[0].concat(caches) if len(caches) > 1 else caches[0]
-        return Document(name, text, cache, torch.cat(spans), tuple(starts), perf_counter() - start)
+        caches, seconds = zip(*encoded, strict=True)
+        return Document(name, text, caches[0].concat(caches), torch.cat(spans), tuple(starts), sum(seconds))
+
+    def _encode(self, inputs: dict) -> tuple:
+        start = perf_counter()
+        return self.model.encode_context(**inputs), perf_counter() - start
 
     def answer_from_cache(self, question: str, documents: Sequence[Document]) -> Iterator[Answer]:
         """The states of an answer that is read from the caches of `documents`; the last one has the weights."""
@@ -175,8 +191,7 @@ class Reader:
         """
         self._check_question(question)
         text = "\n\n".join(document.text for document in documents)
-        prompt = self.processor.prompts([f"{text}\n\n{question}" if text else question])
-        inputs = self.processor.tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
+        inputs = self._tokenize(self.processor.prompts([f"{text}\n\n{question}" if text else question])[0])
         length = inputs["input_ids"].shape[1]
         if length > self.max_prompt_tokens:
             raise DocumentError(
@@ -192,7 +207,7 @@ class Reader:
     def _check_question(self, question: str) -> None:
         if not question.strip():
             raise DocumentError("Please type a question first.")
-        length = len(self.processor.tokenizer(question)["input_ids"])
+        length = self._tokenize(question)["input_ids"].shape[1]
         if length > MAX_QUESTION_TOKENS:
             raise DocumentError(f"The question has {length:,} tokens, more than {MAX_QUESTION_TOKENS}. Shorten it.")
 
@@ -208,7 +223,7 @@ class Reader:
         )
 
     def _from_cache(self, question: str, documents: Sequence[Document], streamer: AnswerStreamer) -> Tensor | None:
-        inputs = self.processor(text=[question], return_tensors="pt")
+        inputs = self._process(text=[question])
         if not documents:
             self._generate(inputs, streamer)
             return None
@@ -217,7 +232,7 @@ class Reader:
         cache = caches[0].concat(caches)
         projected = self.model.project_context(cache.join([range(len(cache))]))
         sequences = self._generate(inputs, streamer, context_cache=projected)
-        if streamer.left.is_set():
+        if streamer.left.is_set() or sequences.shape[1] * cache.num_tokens > MAX_ATTENTION_PAIRS:
             return None
         length = inputs["input_ids"].shape[1]
         weights = self.model.context_weights(sequences, projected, length, inputs["attention_mask"])[0]
@@ -255,10 +270,6 @@ class Reader:
             yield replace(answer, weights=weights, complete=True)
         finally:
             streamer.left.set()
-
-
-def _first_at_least(values: list[int], least: int) -> int:
-    return next((index for index, value in enumerate(values) if value >= least), len(values))
 
 
 def _last_break(text: str, low: int, high: int) -> int:

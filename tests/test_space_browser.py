@@ -20,9 +20,7 @@ FLAGS = (
     "--disable-component-update --disable-sync"
 ).split()
 PATIENCE = 180_000  # ms, on a machine that does other work as well
-TEXT = (
-    "The harbour of Milstead was built in 1812 by Ada Finch. It has two piers; a red light is on the longer one."
-)
+TEXT = "The harbour of Milstead was built in 1812 by Ada Finch. It has two piers; a red light is on the longer one."
 
 
 @pytest.fixture(scope="module")
@@ -199,14 +197,21 @@ def test_friendly_messages(visit):
         ("junk.txt", bytes(range(256)) * 4),
         ("empty.md", b""),
         ("picture.pdf", b"\x89PNG\r\n\x1a\n"),
-        ("<img src=x onerror=alert(1)>.txt", b"words <b>bold</b>"),
+        ("notes.txt", b"words <b>bold</b>"),
         ("broken.pdf", b"%PDF-1.7 nothing"),
     )
     messages = {"junk": "no readable text", "empty": "is empty", "picture": "an image", "broken": "damaged"}
     for name, says in messages.items():
         assert any(name in line and says in line for line in shown.splitlines())
-    assert page.locator("#documents img, #status img").count() == 0
     picture(page, "messages")
+    # what a visitor writes is text, never markup
+    page.get_by_role("button", name="Paste a text").click()
+    name = "<img src=x onerror=alert(1)>"
+    page.get_by_label("Name").fill(name)
+    page.get_by_label("Text", exact=True).fill("words <img src=y> words")
+    page.get_by_role("button", name="Add this text").click()
+    page.locator("#documents label", has_text=name).wait_for()
+    assert page.locator("main img[src=x], main img[src=y]").count() == 0
     page.get_by_label("Question", exact=True).fill("  ")
     page.get_by_role("button", name="Ask", exact=True).click()
     page.locator("#cache-figures .error", has_text="type a question").wait_for()

@@ -2,6 +2,7 @@
 
 import sys
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,13 +13,14 @@ from hypothesis import strategies as st
 
 from modeling_xcllama import XCLlamaProcessor
 
-pytest.importorskip("gradio", reason="the extra `space` is not installed")
+gradio_client = pytest.importorskip("gradio_client", reason="the extra `space` is not installed")
 SPACE = Path(__file__).resolve().parent.parent / "space"
 sys.path.insert(0, str(SPACE))
 import figures  # noqa: E402
 import reader as reader_module  # noqa: E402
 from documents import DocumentError  # noqa: E402
 from handlers import Handlers  # noqa: E402
+from page import build, launch_options  # noqa: E402
 from reader import Answer, Reader  # noqa: E402
 from visitors import Document, Visitors, unique_name  # noqa: E402
 
@@ -257,6 +259,36 @@ def test_actions_of_two_visitors(reader, tmp_path):
     assert gone.choices == []
     handlers.leave(visit("b"))
     assert "pasted text" not in handlers.visitors.get("b").documents
+
+
+def test_attention_over_very_much_text_is_not_looked_at(reader, monkeypatch):
+    """It would take gigabytes: the answer comes without."""
+    monkeypatch.setattr(reader_module, "MAX_ATTENTION_PAIRS", 10)
+    handlers = Handlers(reader, Visitors())
+    handlers.add_text("one", "w1 w2 w3", [], visit("a"), lambda *values: None)
+    answer, _, attended, *_ = last(handlers.ask("w5", ["one"], visit("a")))
+    assert answer
+    assert "Too much text" in attended
+
+
+def test_who_closes_the_page_is_forgotten(reader):
+    visitors = Visitors()
+    page = build(Handlers(reader, visitors))
+    page.launch(**launch_options(server_name="127.0.0.1", prevent_thread_lock=True, quiet=True))
+    try:
+        clients = [gradio_client.Client(page.local_url, verbose=False, analytics_enabled=False) for _ in range(2)]
+        for client in clients:
+            client.predict("paper", "w1 w2 w3", [], api_name="/add_text")
+        assert len(visitors) == 2
+        clients[0].close()
+        for _ in range(200):
+            if len(visitors) == 1:
+                break
+            time.sleep(0.1)
+        assert len(visitors) == 1
+        clients[1].close()
+    finally:
+        page.close()
 
 
 def test_one_document_at_a_time_per_model(reader):
