@@ -3,7 +3,7 @@
 import math
 import os
 import tempfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -109,6 +109,12 @@ class BreakEven:
         if extra >= saved:
             return math.inf, math.inf
         return 1, math.inf if saved == 0 else math.floor(extra / saved)
+
+    def as_dict(self) -> dict:
+        """The figures, and the requests that pay for encoding; None: never, or without an end."""
+        requests = (self.requests_against_prompt, *self.requests_against_prefix)
+        names = ("pays_against_prompt_from", "pays_against_prefix_from", "pays_against_prefix_up_to")
+        return asdict(self) | {n: None if math.isinf(r) else r for n, r in zip(names, requests, strict=True)}
 
     def lines(self) -> list[str]:
         """The figures as text."""

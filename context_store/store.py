@@ -29,8 +29,7 @@ from .snapshot import write_snapshot
 logger = logging.getLogger(__name__)
 
 DTYPES = ("float32", "bfloat16", "float16", "int8", "int4")
-SHARD_BYTES = 64 << 20
-DOCUMENTS_AT_ONCE = 64
+SHARD_BYTES, DOCUMENTS_AT_ONCE = 64 << 20, 64
 # seconds of encoding that a crash may lose: shards of slow machines are written before they are full
 UNWRITTEN_SECONDS = 60.0
 USES_KEPT = 10_000
@@ -179,8 +178,7 @@ class ContextStore(ReadableStore):
             raise ValueError("this store was opened without `model` and `processor`: it cannot encode.")
         ids, texts = ([ids] if isinstance(ids, str) else ids), ([texts] if isinstance(texts, str) else texts)
         metadata = [metadata] if isinstance(metadata, dict) else metadata
-        count = len(ids) if hasattr(ids, "__len__") else None
-        rows = zip_documents(ids, texts, metadata)
+        rows, count = zip_documents(ids, texts, metadata), len(ids) if hasattr(ids, "__len__") else None
         report, pending = AddReport(), PendingShard()
         expires = FOREVER if ttl is None else time.time() + ttl
         with tqdm(total=count, unit="doc", disable=None if progress is None else not progress) as bar:
@@ -306,9 +304,7 @@ class ContextStore(ReadableStore):
     def get(self, ids: str | Sequence[str]) -> ContextCache:
         """See `ReadableStore.get`; notes the use for eviction."""
         cache, views = self._get(ids)
-        now = time.time()
-        for view in views:
-            self._used[view.place.document] = now
+        self._used |= dict.fromkeys((view.place.document for view in views), time.time())
         if len(self._used) > USES_KEPT:
             self._flush_uses()
         return cache

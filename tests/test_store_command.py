@@ -108,20 +108,36 @@ def test_every_subcommand(command, corpus, checkpoint, tmp_path, monkeypatch):
     model = ("--model", checkpoint)
     status, output = command("add", store, corpus, *model)
     assert (status, "5 encoded" in output) == (0, True), output
-    status, output = command("add", store, corpus, *model)
+    status, output = command("add", store, corpus, *model, "--json", tmp_path / "add.json")
     assert "0 encoded" in output
     assert "5 unchanged" in output
+    added = json.loads((tmp_path / "add.json").read_text())
+    assert (added["added"]["skipped"], added["store"]["documents"]) == (5, 5)
     status, output = command("search", store, "who built the lighthouse?")
     assert output.split()[1] == "a.txt"
     status, output = command("search", store, "bridge", "--where", '{"lang": "en"}')
     assert output.split()[1] == "r1"
     status, output = command(
-        "ask", store, "When does the ferry leave?", *model, "--max-new-tokens", "3", "-k", "1", "--break-even"
+        "ask",
+        store,
+        "When does the ferry leave?",
+        *model,
+        "--max-new-tokens",
+        "3",
+        "-k",
+        "1",
+        "--break-even",
+        "--json",
+        tmp_path / "ask.json",
     )
     assert status == 0
     assert "c.pdf (score" in output
     assert re.search(r"cost: 1 documents from the store, [\d,]+ bytes read", output)
     assert "break-even against the prompt" in output
+    asked = json.loads((tmp_path / "ask.json").read_text())
+    assert asked["hits"][0]["id"] == "c.pdf"
+    assert asked["cost"]["bytes_read"] > 0
+    assert asked["break_even"]["encode_once_seconds"] > 0
     status, output = command("get", store, "r1", "a.txt", "--output", tmp_path / "two.safetensors")
     loaded, _ = load_checkpoint(checkpoint)
     assert len(loaded.load_context(tmp_path / "two.safetensors")) == 2
@@ -194,6 +210,9 @@ def test_break_even_arithmetic():
     assert figures(10, 3, 3, 10, 2).requests_against_prompt == float("inf")
     assert figures(10, 1, 3, 4, 2).requests_against_prefix == (6, float("inf"))
     assert figures(4, 1, 3, 10, 2).requests_against_prefix == (1, float("inf"))
+    never = figures(10, 3, 3, 10, 2).as_dict()
+    assert never["pays_against_prompt_from"] is None
+    assert (never["tokens"], figures(4, 2, 3, 10, 1).as_dict()["pays_against_prefix_up_to"]) == (10, 6)
     # cheaper to make, dearer to use: good for few requests only
     assert figures(4, 2, 3, 10, 1).requests_against_prefix == (1, 6)
     assert figures(10, 2, 3, 4, 1).requests_against_prefix[0] == float("inf")

@@ -119,6 +119,24 @@ def test_ids_and_texts_of_any_unicode(tmp_path_factory, documents):
             assert store.verify().damaged == []
 
 
+def test_a_slow_encoder_writes_shards_before_they_are_full(tmp_path, model, monkeypatch):
+    monkeypatch.setattr("context_store.store.UNWRITTEN_SECONDS", -1.0)
+    with ContextStore(tmp_path, model, ByteProcessor()) as store:
+
+        def fail(texts):
+            yield from ("first text", "second text")
+            yield "x" * 9
+            model.encode_context = None
+            yield from texts
+
+        monkeypatch.setattr("context_store.store.DOCUMENTS_AT_ONCE", 3)
+        with pytest.raises(TypeError):
+            store.add([f"d{n}" for n in range(6)], fail(["never", "encoded", "texts"]))
+    # what was written before the failure is there
+    with ContextStore(tmp_path, read_only=True) as store:
+        assert_states(store, TableModel(), {"d0": "first text", "d1": "second text", "d2": "x" * 9})
+
+
 def test_edges_of_add(store, model):
     report = store.add(["a", "a", "b"], ["first", "second", ""])
     assert report.encoded == 2
