@@ -1,11 +1,12 @@
 """Fast decoding on a CPU: matrix-vector products that read a weight once, and compiled steps over a static cache."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
+from transformers import CompileConfig
 
 _lock = threading.Lock()
 _state = {"running": 0, "before": True}
@@ -41,3 +42,19 @@ def decoding_products(tokens: Tensor, weight: Tensor) -> AbstractContextManager:
     if one and weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and not torch.compiler.is_compiling():
         return _without_onednn()
     return nullcontext()
+
+
+def decoding_compile_config(backend: str | Callable = "inductor") -> CompileConfig:
+    """Options that compile the decoding steps of `generate` on any device, CPUs included.
+
+    `model.generate(..., cache_implementation="static", compile_config=decoding_compile_config())`: the first token is
+    not compiled, the steps after it are, once for the first context length and once for all others. Compiled code is
+    kept on disk (`TORCHINDUCTOR_CACHE_DIR`), so that another process only has to trace.
+
+    Args:
+        backend: of `torch.compile`.
+    """
+    config = CompileConfig(backend=backend, mode="default")
+    # transformers compiles on GPUs only, unless told so
+    config._compile_all_devices = True
+    return config

@@ -1,0 +1,164 @@
+"""Fast paths of decoding and projecting: each ran, and gives what the plain one gives."""
+
+import threading
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from modeling_xcllama import context_projection, cross_attention, modeling_xcllama
+from modeling_xcllama.cross_attention import ContextRows
+from modeling_xcllama.decoding_speed import decoding_products
+
+
+@pytest.fixture
+def switches(monkeypatch):
+    """Whether oneDNN was on at each product of the head, and the shapes that reached it."""
+    seen = []
+
+    def watch(model):
+        model.lm_head.register_forward_pre_hook(
+            lambda module, args: seen.append((torch.backends.mkldnn.enabled, tuple(args[0].shape)))
+        )
+        return seen
+
+    return watch
+
+
+def test_one_token_is_multiplied_without_onednn(tiny_model, batch, switches, monkeypatch):
+    model = tiny_model.bfloat16()
+    cache = model.encode_context(batch["context_input_ids"][:1])
+    seen = switches(model)
+    options = {"context_cache": cache, "max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    options |= {"output_logits": True, "return_dict_in_generate": True}
+    fast = model.generate(batch["input_ids"][:1], **options)
+    # the prompt as it always was, then one token at a time; the head reads matrices
+    assert seen == [(True, (1, 32))] + [(False, (1, 32))] * 3
+    assert torch.backends.mkldnn.enabled
+    monkeypatch.setattr(modeling_xcllama, "decoding_products", lambda *_: torch.no_grad())
+    seen.clear()
+    plain = model.generate(batch["input_ids"][:1], **options)
+    assert all(enabled for enabled, _ in seen)
+    for ours, theirs in zip(fast.logits[:2], plain.logits[:2], strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_other_steps_keep_onednn(tiny_model, batch, switches, dtype):
+    """Two rows, or float32."""
+    model = tiny_model.to(dtype)
+    rows = slice(0, 2 if dtype == torch.bfloat16 else 1)
+    cache = model.encode_context(batch["context_input_ids"][rows])
+    seen = switches(model)
+    model.generate(batch["input_ids"][rows], context_cache=cache, max_new_tokens=3, do_sample=False)
+    assert seen
+    assert all(enabled for enabled, _ in seen)
+
+
+def test_the_switch_is_put_back():
+    """After an error, and by the last of two threads."""
+    token, weight = torch.zeros(1, 1), torch.zeros(2, 2, dtype=torch.bfloat16)
+
+    def fail() -> None:
+        with decoding_products(token, weight):
+            raise RuntimeError(f"oneDNN is {torch.backends.mkldnn.enabled}")
+
+    with pytest.raises(RuntimeError, match="oneDNN is False"):
+        fail()
+    assert torch.backends.mkldnn.enabled
+    entered, leave = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with decoding_products(token, weight):
+            entered.set()
+            leave.wait(10)
+
+    thread = threading.Thread(target=other)
+    with decoding_products(token, weight):
+        thread.start()
+        assert entered.wait(10)
+    assert not torch.backends.mkldnn.enabled
+    leave.set()
+    thread.join()
+    assert torch.backends.mkldnn.enabled
+
+
+@pytest.mark.parametrize("keep", [0, 1, 3, torch.tensor([0, 2])])
+def test_the_head_reads_a_matrix(tiny_model, batch, switches, keep):
+    with torch.no_grad():
+        everything = tiny_model(batch["input_ids"]).logits
+        seen = switches(tiny_model)
+        logits = tiny_model(batch["input_ids"], logits_to_keep=keep).logits
+    kept = everything[:, keep] if isinstance(keep, torch.Tensor) else everything[:, -keep:]
+    assert [len(shape) for _, shape in seen] == [2]
+    torch.testing.assert_close(logits, kept)
+
+
+def test_rows_on_one_context_are_one_call(tiny_model, batch, monkeypatch):
+    calls = []
+    sdpa = cross_attention._attend_sdpa
+
+    def watched(query, key, value, scale):
+        calls.append((query, key))
+        return sdpa(query, key, value, scale)
+
+    monkeypatch.setattr(cross_attention, "_attend_sdpa", watched)
+    cache = tiny_model.encode_context(batch["context_input_ids"][:1])
+    projected = tiny_model.project_context(cache.select([0] * 5))
+    prompt = torch.randint(3, 97, (5, 4), generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        together = tiny_model(prompt, context_cache=projected).logits
+        blocks = len(tiny_model.model.cross_attention_blocks)
+        assert len(calls) == blocks
+        for query, key in calls:
+            # two query heads on each of two key heads, five rows of four tokens; the keys are read in place
+            assert query.shape == (2, 5 * 4 * 2, 8)
+            assert key.is_contiguous()
+            assert key.data_ptr() in [keys.data_ptr() for keys in projected.keys]
+        for row in range(5):
+            alone = tiny_model(prompt[row : row + 1], context_cache=cache).logits
+            torch.testing.assert_close(together[row : row + 1], alone, atol=1e-4, rtol=1e-4)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), lengths=st.lists(st.integers(0, 6), min_size=1, max_size=4))
+def test_rows_in_any_order(data, lengths):
+    """Whatever rows read which contexts, empty ones too: each row gets what it would get alone."""
+    index = data.draw(st.lists(st.integers(0, len(lengths) - 1), min_size=1, max_size=6))
+    offsets = tuple(sum(lengths[:n]) for n in range(len(lengths) + 1))
+    rows = ContextRows(offsets, tuple(index))
+    generator = torch.Generator().manual_seed(sum(lengths))
+    key, value = (torch.randn(offsets[-1], 2, 4, generator=generator) for _ in range(2))
+    query = torch.randn(len(index), 3, 4, 4, generator=generator)
+    got = cross_attention.sdpa_cross_attention(query, key, value, rows, 0.5)
+    for row, context in enumerate(index):
+        start, end = offsets[context], offsets[context + 1]
+        expected = torch.zeros_like(query[row])
+        if start < end:
+            keys, values = (part[start:end].repeat_interleave(2, dim=1) for part in (key, value))
+            weights = (torch.einsum("qhd,khd->hqk", query[row], keys) * 0.5).softmax(-1)
+            expected = torch.einsum("hqk,khd->qhd", weights, values)
+        torch.testing.assert_close(got[row], expected, atol=1e-5, rtol=1e-5)
+    assert rows.groups is rows.groups
+    assert rows.order is rows.order
+
+
+def test_projections_share_one_normalization(tiny_base, make_model, batch, monkeypatch):
+    tiny_model = make_model(tiny_base, context_layer=2, cross_attention_layers=[1, 3])
+    calls = []
+    normalize = torch.nn.functional.rms_norm
+    monkeypatch.setattr(
+        context_projection.functional, "rms_norm", lambda *args: calls.append(1) or normalize(*args), raising=True
+    )
+    cache = tiny_model.encode_context(batch["context_input_ids"])
+    projected = tiny_model.project_context(cache)
+    assert len(calls) == 1
+    assert len(projected.keys) == len(tiny_model.model.context_projections) > 1
+    with torch.no_grad():
+        for projection, key, value in zip(
+            tiny_model.model.context_projections, projected.keys, projected.values, strict=True
+        ):
+            for ours, theirs in zip((key, value), projection(cache.states["hidden"]), strict=True):
+                torch.testing.assert_close(ours, theirs)
+                assert ours.transpose(0, 1).is_contiguous()
