@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-slow test-browser space lint style models fuzz kernels-inspect train-small train-smoke publish-dry-run clean
+.PHONY: demo test test-slow test-browser space bench bench-quick lint style models fuzz kernels-inspect train-small train-smoke publish-dry-run clean
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -34,6 +34,13 @@ test-browser: models
 
 space: models
 	$(BIN)/python scripts/run_space.py
+
+# on two quiet cores: 20 minutes, and under 5
+bench: models
+	$(BIN)/python scripts/benchmark.py
+
+bench-quick: models
+	$(BIN)/python scripts/benchmark.py --quick --results runs/benchmark_quick/benchmark.json --plots runs/benchmark_quick
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

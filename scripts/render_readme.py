@@ -117,7 +117,69 @@ def evaluation_table() -> str:
     return "\n".join(lines) + "\n" + source(name, result)
 
 
-TABLES = {"bytes": bytes_table, "demo": demo_table, "evaluation": evaluation_table}
+def speed_table() -> str:
+    """Latency and bytes of every way to answer from a long context, and the ratios that have a target."""
+    result = read_result("benchmark")
+    if result is None:
+        return "Not measured yet: `make bench`."
+    measured = [int(name.split("_")[1]) for name in result if name.startswith("context_") and name[8:].isdecimal()]
+    length = 4096 if 4096 in measured else max(measured)
+    lines = [
+        f"| {length:,} tokens of context, one request | first token | a token after it | on disk | keys and values |",
+        "|---|" + "---:|" * 4,
+    ]
+    for name, row in result[f"context_{length}"]["requests"].items():
+        times = (row.get(field, {}).get("median") for field in ("first_token_seconds", "step_seconds"))
+        sizes = (row.get(field) for field in ("file_bytes", "resident_bytes"))
+        cells = ["" if seconds is None else f"{1000 * seconds:,.1f} ms" for seconds in times]
+        cells += ["" if size is None else f"{size / 2**20:,.1f} MiB" for size in sizes]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    lines += ["", "| ratio | measured | target |", "|---|---:|---:|"]
+    for name, row in result["ratios"].items():
+        if row["target"] is not None:
+            lines.append(f"| {name} | {row['value']:.2f} | {row['target']} |")
+    return "\n".join(lines) + "\n" + source("benchmark", result)
+
+
+def store_table() -> str:
+    """What the context store costs, each figure beside a raw control of the same run."""
+    name = "store_benchmark"
+    result = read_result(name)
+    if result is None:
+        return "Not measured yet: `python scripts/benchmark_store.py --json results/store_benchmark.json`."
+    lines = ["| what | store | control | throughput, store / control |", "|---|---:|---:|---:|"]
+    for count, row in result["warm"].items():
+        micro = [f"{row[f'{side}_microseconds']:,.0f} us" for side in ("store", "raw")]
+        lines.append(f"| read {count} documents, warm; memory map | {' | '.join(micro)} | {row['ratio']:.2f} |")
+    for count, row in result["cold"].items():
+        milli = [f"{1e3 * row[f'{side}_seconds']:,.0f} ms" for side in ("store", "raw")]
+        lines.append(
+            f"| read {count} documents, cold, several times; `preadv` | {' | '.join(milli)} | {row['ratio']:.2f} |"
+        )
+    write, first = result["write"], result["first_token"]
+    speeds = [f"{write[f'{side}_megabytes_per_second']:,.0f} MB/s" for side in ("store", "raw")]
+    lines.append(f"| write; write + fsync | {' | '.join(speeds)} | {write['ratio']:.2f} |")
+    milli = [f"{1e3 * first[f'{side}_seconds']:,.0f} ms" for side in ("store", "bare_file")]
+    lines.append(f"| first token; bare cache file | {' | '.join(milli)} | {1 / first['store_over_bare_file']:.2f} |")
+    lookup, search, memory = result["lookup"], result["search"], result["memory"]
+    documents = [int(count) for count in memory["used_bytes_by_documents"]]
+    lines += [
+        "",
+        f"Finding one of {lookup['documents']:,} ids takes {lookup['median_microseconds']:.1f} us, a search among "
+        f"{search['documents']:,} documents {search['median_milliseconds']:.1f} ms (95th percentile "
+        f"{search['p95_milliseconds']:.1f} ms); from {documents[0]:,} to {documents[-1]:,} documents memory grows by "
+        f"{memory['bytes_per_document']:,.0f} bytes a document (x {memory['growth']:.2f}).",
+    ]
+    return "\n".join(lines) + "\n" + source(name, result)
+
+
+TABLES = {
+    "bytes": bytes_table,
+    "demo": demo_table,
+    "evaluation": evaluation_table,
+    "store": store_table,
+    "speed": speed_table,
+}
 
 
 def render(text: str) -> str:
