@@ -100,7 +100,7 @@ def assemble_model(
     if original is None:
         shutil.copy(ROOT / "LICENSE", folder)
         evaluation = read_result(results, f"eval_{source.name}")
-        if evaluation is not None and (entries := eval_results_yaml(evaluation)):
+        if evaluation is not None and (entries := eval_results_yaml(evaluation, source.name)):
             (folder / ".eval_results").mkdir()
             (folder / ".eval_results" / "xcllama.yaml").write_text(entries)
     (folder / "README.md").write_text(card)

@@ -27,7 +27,12 @@ LLAMA_TERMS = {
     "llama3": {"notice": "Built with Meta Llama 3. Meta Llama 3 is licensed under the Meta Llama 3 Community License, "
                "Copyright (c) Meta Platforms, Inc. All Rights Reserved.", "link": "https://llama.meta.com/llama3/license/"},
 }  # fmt: skip
-METRICS = {"f1": "token F1", "exact_match": "exact match"}
+# the checkpoint that scripts measure when they are told of none, and the requests of scripts/benchmark.py in its card
+DEFAULT = "xc-smollm2-135m"
+CASES = ("hidden 16-bit, file warm", "hidden 16-bit, projected", "hidden int8, file warm", "KV prefix, file warm",
+         "KV prefix, memory", "text in the prompt")  # fmt: skip
+# what answers are scored by; of a task the first that it has stands in tables
+METRICS = {"f1": "token F1", "acc": "accuracy", "exact_match": "exact match"}
 TAGS = ["xcllama", "cross-attention", "context-cache", "question-answering"]
 
 
@@ -58,10 +63,19 @@ def licence_fields(config: XCLlamaConfig, sources: list[str]) -> dict[str, str]:
     return {"license": licence}
 
 
-def own_runs(evaluation: dict[str, Any] | None) -> list[dict[str, Any]]:
+def scored_runs(evaluation: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """The runs whose answers were scored, the best of a task first, each with `metric` and its figure as `score`."""
+    runs = []
+    for run in (evaluation or {"runs": []})["runs"]:
+        if metric := next((metric for metric in METRICS if metric in run["quality"]), None):
+            runs.append(run | {"metric": METRICS[metric], "score": run["quality"][metric]})
+    return sorted(runs, key=lambda run: (run["task"], -run["score"]["value"]))
+
+
+def own_runs(evaluation: dict[str, Any] | None, name: str) -> list[dict[str, Any]]:
     """The runs of the model as it is published: reading its own cache, in the model's dtype."""
-    runs = [] if evaluation is None else evaluation["runs"]
-    return [run for run in runs if run["mode"] == "cross" and "int" not in run["method"].rpartition("/")[2]]
+    methods = [f"{name} / cross / {dtype}" for dtype in ("bfloat16", "float16", "float32")]
+    return [run for run in scored_runs(evaluation) if run["method"] in methods]
 
 
 def hub_dataset(task: str) -> str:
@@ -70,7 +84,7 @@ def hub_dataset(task: str) -> str:
     return SOURCES[source].hub_id or source if source in SOURCES else source
 
 
-def eval_results(evaluation: dict[str, Any] | None) -> list[EvalResult]:
+def eval_results(evaluation: dict[str, Any] | None, name: str) -> list[EvalResult]:
     """The model-index entries of the published model."""
     return [
         EvalResult(
@@ -81,25 +95,24 @@ def eval_results(evaluation: dict[str, Any] | None) -> list[EvalResult]:
             metric_name=f"{METRICS[metric]} ({run['quality'][metric]['documents']} questions)",
             metric_value=run["quality"][metric]["value"],
         )
-        for run in own_runs(evaluation)
+        for run in own_runs(evaluation, name)
         for metric in METRICS
         if metric in run["quality"]
     ]
 
 
-def eval_results_yaml(evaluation: dict[str, Any]) -> str:
+def eval_results_yaml(evaluation: dict[str, Any], name: str) -> str:
     """The content of `.eval_results/xcllama.yaml`; '' where the published model itself was not measured."""
     entries = [
         EvalResultEntry(
             dataset_id=hub_dataset(run["task"]),
             task_id=run["task"],
-            value=run["quality"]["f1"]["value"],
+            value=run["score"]["value"],
             date=run["origin"]["date"],
-            notes=f"token F1, {run['method']}, {run['quality']['f1']['documents']} questions, "
-            f"95 % interval {run['quality']['f1']['interval']}",
+            notes=f"{run['metric']}, {run['method']}, {run['score']['documents']} questions, "
+            f"95 % interval {run['score']['interval']}",
         )
-        for run in own_runs(evaluation)
-        if "f1" in run["quality"]
+        for run in own_runs(evaluation, name)
     ]
     return yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False) if entries else ""
 
@@ -113,14 +126,14 @@ def header(name: str, config: XCLlamaConfig, terms: dict[str, str], sources: lis
         "base_model_relation": "finetune",
         "base_model_digest": config.base_model_digest,
         "datasets": datasets or None,
-        "eval_results": eval_results(evaluation) or None,
+        "eval_results": eval_results(evaluation, name) or None,
         "language": ["en"],
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": TAGS,
     }
-    if fields["eval_results"]:
-        fields |= {"model_name": name, "metrics": sorted(METRICS)}
+    if results := fields["eval_results"]:
+        fields |= {"model_name": name, "metrics": sorted({result.metric_type for result in results})}
     return ModelCardData(**fields, **terms).to_yaml()
 
 
@@ -155,14 +168,29 @@ def training_values(name: str, folder: Path, results: Path) -> dict[str, Any]:
     }
 
 
-def demo_figures(results: Path, name: str, default: str = "xc-smollm2-135m") -> dict[str, Any] | None:
-    """results/demo.json where it was measured with this checkpoint (`default` when its command names none)."""
-    demo = read_result(results, "demo")
-    if demo is None:
+def measured_with(results: Path, file: str, name: str) -> dict[str, Any] | None:
+    """results/FILE.json where it was measured with this checkpoint (`DEFAULT` when its command names none)."""
+    measured = read_result(results, file)
+    if measured is None:
         return None
-    words = demo["provenance"]["command"].split()
-    used = Path(words[words.index("--checkpoint") + 1]).name if "--checkpoint" in words else default
-    return demo if used == name else None
+    words = measured["provenance"]["command"].split()
+    used = Path(words[words.index("--checkpoint") + 1]).name if "--checkpoint" in words else DEFAULT
+    return measured if used == name else None
+
+
+def request_rows(benchmark: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """Of results/benchmark.json the requests that a card compares: seconds (medians) and bytes, by context length."""
+    rows = []
+    for part, figures in (benchmark or {}).items():
+        if part.startswith("context_") and "requests" in figures:
+            found = [(case, figures["requests"][case]) for case in CASES if case in figures["requests"]]
+            length = int(part.removeprefix("context_"))
+            rows += [
+                {"tokens": length, "case": case, "resident": row["resident_bytes"]}
+                | {field: row[f"{field}_seconds"]["median"] for field in ("first_token", "step")}
+                for case, row in found
+            ]
+    return rows
 
 
 def checkpoint_card(name: str, folder: Path, config: XCLlamaConfig, results: Path, repo_id: str) -> str:
@@ -179,7 +207,6 @@ def checkpoint_card(name: str, folder: Path, config: XCLlamaConfig, results: Pat
     evaluation = read_result(results, f"eval_{name}")
     sources = training["trained"]["sources"]
     terms = licence_fields(config, sources)
-    runs = [] if evaluation is None else evaluation["runs"]
     values = training | {
         "name": name,
         "repo_id": repo_id,
@@ -187,9 +214,11 @@ def checkpoint_card(name: str, folder: Path, config: XCLlamaConfig, results: Pat
         "config": config,
         "base_licence": base_licence(config.base_model_name_or_path),
         "evaluation": evaluation,
-        "runs": sorted(runs, key=lambda run: (run["task"], -run["quality"]["f1"]["value"])),
+        "runs": scored_runs(evaluation),
         "costs": token_costs(config),
-        "demo": demo_figures(results, name),
+        "demo": measured_with(results, "demo", name),
+        "benchmark": (benchmark := measured_with(results, "benchmark", name)),
+        "requests": request_rows(benchmark),
     }
     return render("model_card.md.jinja", values)
 

@@ -12,6 +12,7 @@ from huggingface_hub import HfApi, constants, get_token
 
 from model_cards import assembling
 from model_cards.assembling import ROOT
+from model_cards.model_card import DEFAULT
 from model_cards.uploading import Changes, Target, check_rights, compare, files_of, upload
 
 # repository type on the Hub, and the file that every repository of the kind has
@@ -28,7 +29,7 @@ NAMES = {
     "context": "xcllama-passages",
     "space": "xcllama-demo",
 }
-CHECKPOINT = ROOT / "checkpoints" / "xc-smollm2-135m"
+CHECKPOINT = ROOT / "checkpoints" / DEFAULT
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,15 @@ from transformers import AutoTokenizer, BertConfig, BertModel, LlamaConfig, Llam
 from dataset_builders import SOURCES
 from model_cards.assembling import assemble_kernel, assemble_model, load_source
 from model_cards.costs import cache_bytes, key_value_bytes, projected_bytes
-from model_cards.model_card import checkpoint_card, conversion_card, eval_results_yaml, read_result, token_costs
+from model_cards.model_card import (
+    CASES,
+    DEFAULT,
+    checkpoint_card,
+    conversion_card,
+    eval_results_yaml,
+    read_result,
+    token_costs,
+)
 from model_cards.rendering import FOLDER, check_card, render
 from modeling_xcllama import XCLlamaConfig, XCLlamaForCausalLM
 from modeling_xcllama.checkpoints import is_added_weights, load_checkpoint
@@ -64,7 +72,8 @@ def untraced(card: str, folder: Path, template: str = "model_card.md.jinja") -> 
     """Numbers of a card that are in none of the files it is filled from, nor in the words of its templates."""
     sources = [json.loads((folder / name).read_text()) for name in ("training.json", "config.json")]
     sources.append(yaml.safe_load((folder / "recipe.yaml").read_text()))
-    results = [read_result(RESULTS, name) for name in (f"eval_{folder.name}", f"training_{folder.name}", "demo")]
+    files = (f"eval_{folder.name}", f"training_{folder.name}", "demo", "benchmark")
+    results = [read_result(RESULTS, name) for name in files]
     sources += [result for result in results if result is not None]
     sources.append([SOURCES[name].licence + SOURCES[name].homepage for name in SOURCES])
     costs = token_costs(config_of(folder))
@@ -108,12 +117,18 @@ def test_the_metadata_is_valid_and_complete(folder):
     if evaluation is None:
         return
     # the model index and .eval_results hold the published model's own figures and nothing else
-    own = [run for run in evaluation["runs"] if run["method"].endswith("cross / bfloat16")]
+    own = [run for run in evaluation["runs"] if run["method"] == f"{folder.name} / cross / bfloat16"]
     found = {(result.dataset_name, result.metric_type): result.metric_value for result in data.eval_results}
-    expected = {(run["task"], name): run["quality"][name]["value"] for run in own for name in ("f1", "exact_match")}
+    names = ("f1", "acc", "exact_match")
+    expected = {
+        (run["task"], name): run["quality"][name]["value"] for run in own for name in names if name in run["quality"]
+    }
     assert found == expected
-    entries = yaml.safe_load(eval_results_yaml(evaluation))
-    assert [entry["value"] for entry in entries] == [run["quality"]["f1"]["value"] for run in own]
+    entries = yaml.safe_load(eval_results_yaml(evaluation, folder.name)) or []
+    assert {(entry["dataset"]["task_id"], entry["value"]) for entry in entries} <= {
+        (task, value) for (task, _), value in expected.items()
+    }
+    assert len(entries) == len(own)
     for entry in entries:
         EvalResultEntry(entry["dataset"]["id"], entry["dataset"]["task_id"], entry["value"], date=entry["date"])
 
@@ -131,6 +146,24 @@ def test_a_changed_result_changes_the_card(tmp_path):
     path.write_text(json.dumps(result))
     with pytest.raises(ValueError, match="has an empty slot: a value is None or empty"):
         card_of(folder, tmp_path / "results")
+
+
+def test_the_benchmark_has_its_table(tmp_path):
+    """The requests of scripts/benchmark.py, in the card of the checkpoint that it measures and in no other."""
+    shutil.copytree(RESULTS, tmp_path / "results")
+    spread = {"low": 0.1, "high": 0.9, "count": 5}
+    row = {"first_token_seconds": spread | {"median": 0.4321}, "step_seconds": spread | {"median": 0.0567}}
+    cases = {case: row | {"resident_bytes": 1234567} for case in (*CASES, "condensed 16-bit, memory")}
+    benchmark = {"context_512": {"requests": cases}, "limits": {"threads": 2}}
+    provenance = json.loads((RESULTS / "demo.json").read_text())["provenance"]
+    provenance |= {"command": "python scripts/benchmark.py"}
+    (tmp_path / "results" / "benchmark.json").write_text(json.dumps({"provenance": provenance} | benchmark))
+    folder = ROOT / "checkpoints" / DEFAULT
+    card = card_of(folder, tmp_path / "results")
+    assert card.count("| 0.432 s | 0.057 s | 1,234,567 |") == len(CASES)
+    assert "`python scripts/benchmark.py` at commit" in card
+    other = shutil.copytree(folder, tmp_path / "another")
+    assert "## Speed" not in card_of(other, tmp_path / "results")
 
 
 def test_templates_hold_no_figures():
