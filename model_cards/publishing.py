@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from huggingface_hub import HfApi, constants, get_token
+from huggingface_hub import HfApi
 
 from model_cards import assembling
 from model_cards.assembling import ROOT
@@ -142,13 +142,15 @@ def publish(release: Release, output: Path | None, dry_run: bool) -> None:
     Raises:
         ValueError: anything that stands in the way; nothing was sent before all of it was looked at.
     """
-    api = HfApi()
-    # without a token, or offline, a dry run compares with nothing
-    ask = not dry_run or bool(get_token() and not constants.HF_HUB_OFFLINE)
+    api, refused = HfApi(), None
     targets = [release.target(kind, repo_id) for kind, repo_id, _ in release.jobs]
-    if ask:
+    try:
         for target in targets:
             check_rights(api, target)
+    except ValueError as error:
+        if not dry_run:
+            raise
+        refused = error
     with _work(output) as work:
         folders, changes, models = [], [], {}
         for (kind, repo_id, checkpoint), target in zip(release.jobs, targets, strict=True):
@@ -159,12 +161,16 @@ def publish(release: Release, output: Path | None, dry_run: bool) -> None:
             print(f"{kind} {repo_id}: assembling and checking", flush=True)
             assemble(release, kind, repo_id, checkpoint, folder, models)
             folders.append(folder)
-            found = compare(api, folder, target) if ask else Changes(files_of(folder), [], [], [], None, False, None)
+            found = Changes(files_of(folder), [], [], [], None, False, None)
+            if refused is None:
+                found = compare(api, folder, target)
             changes.append(found)
             print(f"{kind} {repo_id}: assembled and checked; the commit would be")
             print(*found.lines(), sep="\n", flush=True)
         if dry_run:
-            print("dry run: nothing was sent" + ("" if ask else ", and without a token every file counts as new"))
+            print("dry run: nothing was sent")
+            if refused is not None:
+                print(f"an upload would be refused, and every file counts as new: {refused}")
             return
         for target, folder, found in zip(targets, folders, changes, strict=True):
             print(f"published {upload(api, folder, target, found, f'Release {target.tag}')}", flush=True)
