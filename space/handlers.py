@@ -108,7 +108,7 @@ class Handlers:
         try:
             documents = self.visitors.documents(key, chosen)
             for answer in self.reader.answer_from_cache(question, documents):
-                yield answer.text, figures.answer_figures(answer), gr.skip(), gr.skip(), ""
+                yield answer.text, figures.answer_figures(answer), "", gr.skip(), ""
         except DocumentError as error:
             yield "", figures.message(str(error), "error"), "", gr.skip(), escape(str(error))
             return

@@ -119,8 +119,7 @@ def _documents(handlers: Handlers, question: gr.Textbox) -> gr.CheckboxGroup:
     }
     uploaded = files.upload(handlers.add_files, [files, chosen], api_name="add_files", **encoding)
     uploaded.then(lambda: None, outputs=files, api_visibility="private", queue=False)
-    added = add.click(handlers.add_text, [name, text, chosen], api_name="add_text", **encoding)
-    added.then(lambda: ("", ""), outputs=[name, text], api_visibility="private", queue=False)
+    add.click(handlers.add_text, [name, text, chosen], api_name="add_text", **encoding)
     for button, (label, file, asked) in zip(buttons, EXAMPLES, strict=True):
         example = (label, (HERE / "examples" / file).read_text(encoding="utf-8"))
         values = [gr.State(value) for value in example]
@@ -148,8 +147,11 @@ def _answers(handlers: Handlers, question: gr.Textbox, chosen: gr.CheckboxGroup)
     attended = gr.HTML(elem_id="attended")
     said = gr.HTML(elem_id="said")
 
+    asked = [ask.click, question.submit]
+    # an old answer does not stand beside a new one
+    gr.on(asked, lambda: ("", ""), outputs=[from_prompt, prompt_figures], api_visibility="private", queue=False)
     first = gr.on(
-        [ask.click, question.submit],
+        asked,
         handlers.ask,
         [question, chosen],
         [from_cache, cache_figures, attended, times, said],
