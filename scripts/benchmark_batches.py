@@ -27,7 +27,7 @@ def measure_batch(models: Models, num_tokens: int, rows: int, with_prefix: bool)
     found = {}
     for name, (reader, ids, options) in runs.items():
         clock = []
-        peak, _ = peak_bytes(lambda r=reader, i=ids, o=options, c=clock: c.append(generate(r, i, STEPS, **o)))
+        peak = peak_bytes(lambda r=reader, i=ids, o=options, c=clock: c.append(generate(r, i, STEPS, **o)))
         found[name] = _batch_figures(rows, clock[0].steps, options["context_cache"].nbytes, peak)
     if with_prefix:
         prefix = prefix_cache(models, models.document(num_tokens))
@@ -89,6 +89,7 @@ def measure_encoding(models: Models, documents: int, rounds: int = 3) -> dict:
     return {
         "documents": documents,
         "tokens": total,
+        "pairs": sum(length**2 for length in lengths),
         "longest": max(lengths),
         "tokens_per_second": {name: total / spread(seconds)["median"] for name, seconds in taken.items()},
     }

@@ -4,7 +4,9 @@ LAYOUTS = ("hidden", "condensed")
 
 
 def ratios(results: dict) -> dict[str, dict]:
-    """Ratios by name, from what was measured so far: `{"value", "target"}`; more is better, save for memory."""
+    """Ratios by name, from what was measured so far: `{"value", "target"}`; more is better, save for memory and
+    the requests that pay for encoding.
+    """
     found: dict[str, dict] = {}
     for name, part in results.items():
         if name.startswith("context_") and "requests" in part:
@@ -12,7 +14,10 @@ def ratios(results: dict) -> dict[str, dict]:
     found |= batch_ratios(results)
     if encoding := results.get("encoding"):
         rates, limits = encoding["tokens_per_second"], results["limits"]
-        limit = limits["matrix_product_gflop_per_second"] * 1e9 / limits["encode_flop_per_token"]
+        flop = (
+            limits["encode_flop_per_token"] * encoding["tokens"] + limits["encode_flop_per_pair"] * encoding["pairs"]
+        )
+        limit = limits["matrix_product_gflop_per_second"] * 1e9 * encoding["tokens"] / flop
         for name, rate in rates.items():
             if name != "ours":
                 target = 1.4 if "as many layers" in name else None
@@ -90,7 +95,9 @@ def batch_ratios(results: dict) -> dict[str, dict]:
             found[f"tokens a second, {rows} rows on one context over one row, {length}"] = _ratio(
                 shared["tokens_per_second"] / single["tokens_per_second"], 8 if aim else None
             )
-            found[f"memory of the context, {rows} rows over one row, {length}"] = _ratio(
-                shared["context_bytes"] / single["context_bytes"], 1.2 if aim else None
+            weights = results["limits"]["weights_bytes"]
+            memory = [weights + part["context_bytes"] + part["peak_bytes"] for part in (shared, single)]
+            found[f"memory (weights, context, peak), {rows} rows on one context over one row, {length}"] = _ratio(
+                memory[0] / memory[1], 1.2 if aim else None
             )
     return found
