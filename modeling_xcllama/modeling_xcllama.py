@@ -121,7 +121,7 @@ class XCLlamaForCausalLM(ContextGenerationMixin, XCLlamaPreTrainedModel, LlamaFo
         Raises:
             ValueError: a damaged file, or a cache of another model, template, layout or width.
         """
-        cache = load_contexts(path, revision)
+        cache = load_contexts(path, revision, self.model.context_fingerprint())
         self.model.check_cache(cache)
         return cache
 
