@@ -166,7 +166,6 @@ class Requests:
         found = {}
         for name, run in runs.items():
             compiling = seconds_of(run, 1)[0]
-            # a second compilation, for any length, comes where an earlier length was compiled for itself
             steps = run().steps[1:]
             found[name] = {"step_seconds": spread(steps), "first_call_seconds": compiling}
         return found
