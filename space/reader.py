@@ -265,7 +265,9 @@ class Reader:
         try:
             while (state := streamer.states.get()) is not None:
                 answer = state
-                yield answer
+                # a busy page shows the newest state, not each of them
+                if streamer.states.empty():
+                    yield answer
             weights = done.result()
             yield replace(answer, weights=weights, complete=True)
         finally:

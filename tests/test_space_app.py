@@ -98,7 +98,7 @@ def test_the_space_as_the_hub_runs_it(space, tmp_path):
     # what was streamed came in parts
     job = first.submit("When was it built?", ["notes.txt"], api_name="/ask")
     job.result()
-    assert len(job.outputs()) > 3
+    assert len(job.outputs()) > 1
 
 
 def test_requirements_cover_what_is_imported():
