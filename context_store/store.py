@@ -304,9 +304,10 @@ class ContextStore(ReadableStore):
     def get(self, ids: str | Sequence[str]) -> ContextCache:
         """See `ReadableStore.get`; notes the use for eviction."""
         cache, views = self._get(ids)
-        self._used |= dict.fromkeys((view.place.document for view in views), time.time())
-        if len(self._used) > USES_KEPT:
-            self._flush_uses()
+        if not self.read_only:
+            self._used |= dict.fromkeys([view.place.document for view in views], time.time())
+            if len(self._used) > USES_KEPT:
+                self._flush_uses()
         return cache
 
     def pin(self, ids: str | Sequence[str], ttl: float | None = None) -> Handle:

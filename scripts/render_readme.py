@@ -142,34 +142,41 @@ def speed_table() -> str:
 
 
 def store_table() -> str:
-    """What the context store costs, each figure beside a raw control of the same run."""
+    """What the context store costs beside a raw control of the same run; what the run did not measure is left out."""
     name = "store_benchmark"
     result = read_result(name)
     if result is None:
         return "Not measured yet: `python scripts/benchmark_store.py --json results/store_benchmark.json`."
-    lines = ["| what | store | control | throughput, store / control |", "|---|---:|---:|---:|"]
-    for count, row in result["warm"].items():
-        micro = [f"{row[f'{side}_microseconds']:,.0f} us" for side in ("store", "raw")]
-        lines.append(f"| read {count} documents, warm; memory map | {' | '.join(micro)} | {row['ratio']:.2f} |")
-    for count, row in result["cold"].items():
-        milli = [f"{1e3 * row[f'{side}_seconds']:,.0f} ms" for side in ("store", "raw")]
-        lines.append(
-            f"| read {count} documents, cold, several times; `preadv` | {' | '.join(milli)} | {row['ratio']:.2f} |"
-        )
-    write, first = result["write"], result["first_token"]
-    speeds = [f"{write[f'{side}_megabytes_per_second']:,.0f} MB/s" for side in ("store", "raw")]
-    lines.append(f"| write; write + fsync | {' | '.join(speeds)} | {write['ratio']:.2f} |")
-    milli = [f"{1e3 * first[f'{side}_seconds']:,.0f} ms" for side in ("store", "bare_file")]
-    lines.append(f"| first token; bare cache file | {' | '.join(milli)} | {1 / first['store_over_bare_file']:.2f} |")
-    lookup, search, memory = result["lookup"], result["search"], result["memory"]
-    documents = [int(count) for count in memory["used_bytes_by_documents"]]
-    lines += [
-        "",
-        f"Finding one of {lookup['documents']:,} ids takes {lookup['median_microseconds']:.1f} us, a search among "
-        f"{search['documents']:,} documents {search['median_milliseconds']:.1f} ms (95th percentile "
-        f"{search['p95_milliseconds']:.1f} ms); from {documents[0]:,} to {documents[-1]:,} documents memory grows by "
-        f"{memory['bytes_per_document']:,.0f} bytes a document (x {memory['growth']:.2f}).",
+    rows = [
+        (f"read {count} documents, warm; memory map", "microseconds", "raw_microseconds", 1, "us", row)
+        for count, row in result.get("warm", {}).items()
+    ] + [
+        (f"read {count} documents, cold, several times; `preadv`", "seconds", "raw_seconds", 1e3, "ms", row)
+        for count, row in result.get("cold", {}).items()
     ]
+    if write := result.get("write"):
+        field = "megabytes_per_second"
+        rows.append(("write; write + fsync", field, f"raw_{field}", 1, "MB/s", write))
+    if first := result.get("first_token"):
+        row = first | {"ratio": 1 / first["store_over_bare_file"]}
+        rows.append(("first token; bare cache file", "seconds", "bare_file_seconds", 1e3, "ms", row))
+    lines = ["| what; control | store | control | store / control, in throughput |", "|---|---:|---:|---:|"]
+    for what, field, control, scale, unit, row in rows:
+        cells = [f"{scale * row[key]:,.0f} {unit}" for key in (f"store_{field}", control)]
+        lines.append(f"| {what} | {' | '.join(cells)} | {row['ratio']:.2f} |")
+    facts = []
+    if lookup := result.get("lookup"):
+        facts.append(f"{lookup['median_microseconds']:.1f} us to find one of {lookup['documents']:,} ids")
+    if search := result.get("search"):
+        times = f"{search['median_milliseconds']:.1f} ms (95th percentile {search['p95_milliseconds']:.1f} ms)"
+        facts.append(f"{times} to search {search['documents']:,} documents")
+    if used := result.get("memory", {}).get("used_bytes_by_documents"):
+        counts = list(used)
+        facts.append(
+            f"{result['memory']['bytes_per_document']:,.0f} bytes of memory a document from {int(counts[0]):,} to "
+            f"{int(counts[-1]):,} documents (x {result['memory']['growth']:.2f} in all)"
+        )
+    lines += ["", "; ".join(facts) + "." if facts else ""]
     return "\n".join(lines) + "\n" + source(name, result)
 
 

@@ -44,5 +44,5 @@ def test_bytes_a_token_follow_from_the_configs(renderer):
 
 
 def test_unknown_tables_are_named(renderer):
-    with pytest.raises(ValueError, match="table 'speed'; known are bytes, demo, evaluation"):
-        renderer.render("<!-- table: speed -->\nx\n<!-- end -->")
+    with pytest.raises(ValueError, match="table 'weather'; known are bytes, demo"):
+        renderer.render("<!-- table: weather -->\nx\n<!-- end -->")
