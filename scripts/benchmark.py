@@ -43,16 +43,16 @@ def measure(arguments: argparse.Namespace, save) -> None:
     compiled = () if quick else (4096,)
     for length in lengths:
         with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-            begin = time.perf_counter()
             requests = Requests(models, length, Path(folder))
             long = length > 2048
             figures = {"requests": requests.measure(3 if quick or long else 5, 1 if long else 2, quick)}
             figures["cross_attention"] = requests.cross_attention()
             figures["peaks"] = requests.peaks()
             figures["encode_seconds"] = requests.encode_seconds()
+            save(f"context_{length}", figures)
             if length in compiled:
                 figures["requests"] |= requests.compiled()
-            save(f"context_{length}", figures | {"measured_in_seconds": time.perf_counter() - begin})
+                save(f"context_{length}", figures)
     # what one row of 4k costs is what 32 are compared with
     for length, rows in ((512, 8), (512, 32)) if quick else ((512, 8), (512, 32), (4096, 1), (4096, 8), (4096, 32)):
         save(f"batch_{rows}_context_{length}", measure_batch(models, length, rows, with_prefix=length * rows <= 32768))
