@@ -176,7 +176,9 @@ def store_table() -> str:
             f"{result['memory']['bytes_per_document']:,.0f} bytes of memory a document from {int(counts[0]):,} to "
             f"{int(counts[-1]):,} documents (x {result['memory']['growth']:.2f} in all)"
         )
-    lines += ["", "; ".join(facts) + "." if facts else ""]
+    # what else the machine did makes single figures, and ratios a little, worse
+    facts.append(f"load average of the machine at the start {result['load_average']:.1f}")
+    lines += ["", "; ".join(facts) + "."]
     return "\n".join(lines) + "\n" + source(name, result)
 
 
