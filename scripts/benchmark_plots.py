@@ -37,7 +37,7 @@ def draw(results: dict, folder: Path) -> None:
         axis.set(xscale="log", yscale="log", xlabel="tokens of context", ylabel="ms", title=title)
         axis.set_xticks(list(contexts), [f"{length:,}" for length in contexts], minor=False)
         axis.minorticks_off()
-    axes[0].legend(fontsize=8)
+    axes[1].legend(fontsize=8)
     _save(figure, folder / "benchmark_latency.png")
     figure, axis = pyplot.subplots(figsize=(6, 4.2), layout="constrained")
     for field, style in (("file_bytes", "o-"), ("resident_bytes", "s--")):
