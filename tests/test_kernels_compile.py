@@ -26,8 +26,11 @@ def run(*arguments: str, cwd: Path, interpreted: bool = False) -> subprocess.Com
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
 def test_one_configuration_of_every_kernel(target, tmp_path):
-    result = run("--one-a-kernel", "--targets", target, "--output", "inspect.json", cwd=tmp_path)
+    result = run(
+        "--one-a-kernel", "--targets", target, "--output", "inspect.json", "--cache", "cache.jsonl", cwd=tmp_path
+    )
     assert result.returncode == 0, result.stdout + result.stderr[-2000:]
+    assert len((tmp_path / "cache.jsonl").read_text().splitlines()) == len(KERNELS)
     content = json.loads((tmp_path / "inspect.json").read_text())
     assert {record["kernel"] for record in content["kernels"]} == KERNELS
     for record in content["kernels"]:
