@@ -59,10 +59,14 @@ fuzz: .venv/.installed
 kernels-inspect: .venv/.installed
 	$(BIN)/python kernels/benchmarks/inspect_kernels.py --output results/kernels_inspect.json
 
-# an hour on one core; an interrupted run goes on where it stopped
+# two stages, hours on one core; an interrupted run goes on where it stopped
 train-small: models
-	OMP_NUM_THREADS=1 $(BIN)/python scripts/train.py --recipe training/recipes/xc-smollm2-135m.yaml \
-		--export checkpoints/xc-smollm2-135m --results results $(if $(wildcard runs/xc-smollm2-135m/recipe.json),--resume)
+	for name in xc-smollm2-135m-short xc-smollm2-135m; do \
+		resume=; if [ -e runs/$$name/recipe.json ]; then resume=--resume; fi; \
+		OMP_NUM_THREADS=1 $(BIN)/python scripts/train.py --recipe training/recipes/$$name.yaml $$resume || exit 1; \
+	done
+	$(BIN)/python scripts/train.py --recipe training/recipes/xc-smollm2-135m.yaml --no-training \
+		--export checkpoints/xc-smollm2-135m --results results
 
 train-smoke: models
 	rm -rf runs/smoke
