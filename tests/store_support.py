@@ -3,8 +3,10 @@
 import time
 from types import SimpleNamespace
 
+import pytest
 import torch
 
+from context_store import ContextStore
 from modeling_xcllama.context_cache import ContextCache
 
 WIDTH = 16
@@ -50,6 +52,25 @@ def row_states(cache, row: int) -> torch.Tensor:
     if not isinstance(state, torch.Tensor):
         state = state.dequantize(torch.float32).flatten(1)
     return torch.cat([state[start:end] for start, end in spans])
+
+
+@pytest.fixture
+def model():
+    return TableModel()
+
+
+@pytest.fixture
+def store(tmp_path, model):
+    with ContextStore(tmp_path / "corpus.xcs", model, ByteProcessor()) as store:
+        yield store
+
+
+def assert_states(store, model, documents: dict[str, str]) -> None:
+    """What the store serves for `documents` is what the model computes from them."""
+    cache = store.get(list(documents))
+    for row, text in enumerate(documents.values()):
+        assert torch.equal(row_states(cache, row), model.states(text))
+        assert cache.row_token_ids(row).tolist() == list(text.encode())
 
 
 class SlowModel(TableModel):
