@@ -164,10 +164,10 @@ class Catalogue:
 
     # locations
 
-    def refresh(self) -> None:
-        """Take over what any process committed since the last call."""
+    def refresh(self, ask: bool = False) -> None:
+        """Take over what any process committed since the last call; `ask`: and has not told of yet."""
         token, now = self._changes.token, time.monotonic()
-        if token is not None and token == self._seen and now < self._believed:
+        if not ask and token is not None and token == self._seen and now < self._believed:
             return
         with self.lock:
             self._take_over(self._connection)

@@ -189,7 +189,7 @@ class ShardReader:
             if not damaged:
                 break
             # a writer may have moved or replaced them since they were looked up
-            self._catalogue.refresh()
+            self._catalogue.refresh(ask=True)
             known = dict(zip(ids, locations, strict=True))
             real = [
                 name for name, place in known.items() if place in damaged and self._catalogue.locate(name) == place
