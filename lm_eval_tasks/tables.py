@@ -74,7 +74,9 @@ def _runs_of(path: Path) -> list[Run]:
     document = json.loads(path.read_text())
     config = document["config"]
     arguments = config["model_args"]
-    name = arguments.get("peft") or arguments.get("pretrained", config["model"])
+    folder = Path(arguments.get("peft") or arguments.get("pretrained", config["model"]))
+    # RUN/export is what training wrote of a run
+    name = folder.parent.name if folder.name == "export" else folder.name
     versions = {key: value for key, value in document.items() if key.endswith("_version")}
     origin = {
         "command": config.get("command"),
@@ -94,7 +96,7 @@ def _runs_of(path: Path) -> list[Run]:
         file = document.get("samples_files", {}).get(task)
         samples = {} if file is None else _samples(path.parent / file, tuple(metrics))
         mode = config.get("context_mode", "prompt")
-        runs.append(Run(task, Path(name).name, mode, config.get("cache_dtype"), metrics, samples, config, origin))
+        runs.append(Run(task, name, mode, config.get("cache_dtype"), metrics, samples, config, origin))
     return runs
 
 
