@@ -106,13 +106,17 @@ def evaluation_table() -> str:
     result = read_result(name)
     if result is None:
         return "Not measured yet: `python scripts/compare_methods.py` (see its help)."
-    lines = ["| method | task | questions | token F1 | 95 % interval | exact match |", "|---|---|" + "---:|" * 4]
-    for run in sorted(result["runs"], key=lambda run: (run["task"], -run["quality"]["f1"]["value"])):
-        f1, exact = run["quality"]["f1"], run["quality"]["exact_match"]
-        low, high = f1["interval"]
+    lines = ["| method | task | questions | F1 or accuracy | 95 % interval | exact match |", "|---|---|" + "---:|" * 4]
+
+    def main_figure(run: dict) -> dict:
+        return run["quality"].get("f1") or run["quality"]["acc"]
+
+    for run in sorted(result["runs"], key=lambda run: (run["task"], -main_figure(run)["value"])):
+        figure, exact = main_figure(run), run["quality"].get("exact_match")
+        low, high = figure["interval"]
         lines.append(
-            f"| {run['method']} | {run['task']} | {f1['documents']} | {f1['value']:.3f} | {low:.3f} to {high:.3f} "
-            f"| {exact['value']:.3f} |"
+            f"| {run['method']} | {run['task']} | {figure['documents']} | {figure['value']:.3f} "
+            f"| {low:.3f} to {high:.3f} | {'' if exact is None else format(exact['value'], '.3f')} |"
         )
     return "\n".join(lines) + "\n" + source(name, result)
 
