@@ -6,7 +6,6 @@ A table stands between `<!-- table: NAME -->` and `<!-- end -->`; what is not me
 """
 
 import argparse
-import json
 import re
 import sys
 from pathlib import Path
@@ -14,9 +13,11 @@ from pathlib import Path
 from transformers import BertConfig
 
 from model_cards.costs import cache_bytes, key_value_bytes
+from model_cards.model_card import read_result, scored_runs
 from modeling_xcllama import XCLlamaConfig
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "results"
 # shapes of the published configs: layers, query heads, key/value heads, head size, hidden size
 DECODERS = {
     "Llama-2-7B": (32, 32, 32, 128, 4096),
@@ -63,12 +64,6 @@ def bytes_table() -> str:
     return "\n".join(lines)
 
 
-def read_result(name: str) -> dict | None:
-    """results/NAME.json, None where it was not measured yet."""
-    path = ROOT / "results" / f"{name}.json"
-    return json.loads(path.read_text()) if path.exists() else None
-
-
 def source(name: str, result: dict) -> str:
     """One line that says where a table comes from."""
     run = result["provenance"]
@@ -78,7 +73,7 @@ def source(name: str, result: dict) -> str:
 
 def demo_table() -> str:
     """The figures and answers of `make demo`."""
-    result = read_result("demo")
+    result = read_result(RESULTS, "demo")
     if result is None:
         return "Not measured yet: `python scripts/demo.py --json results/demo.json`."
     lines = [
@@ -103,16 +98,12 @@ def demo_table() -> str:
 def evaluation_table() -> str:
     """F1 and bytes a token of every method on the held-out questions."""
     name = "eval_xc-smollm2-135m"
-    result = read_result(name)
+    result = read_result(RESULTS, name)
     if result is None:
         return "Not measured yet: `python scripts/compare_methods.py` (see its help)."
     lines = ["| method | task | questions | F1 or accuracy | 95 % interval | exact match |", "|---|---|" + "---:|" * 4]
-
-    def main_figure(run: dict) -> dict:
-        return run["quality"].get("f1") or run["quality"]["acc"]
-
-    for run in sorted(result["runs"], key=lambda run: (run["task"], -main_figure(run)["value"])):
-        figure, exact = main_figure(run), run["quality"].get("exact_match")
+    for run in scored_runs(result):
+        figure, exact = run["score"], run["quality"].get("exact_match")
         low, high = figure["interval"]
         lines.append(
             f"| {run['method']} | {run['task']} | {figure['documents']} | {figure['value']:.3f} "
@@ -123,7 +114,7 @@ def evaluation_table() -> str:
 
 def speed_table() -> str:
     """Latency and bytes of every way to answer from a long context, and the ratios that have a target."""
-    result = read_result("benchmark")
+    result = read_result(RESULTS, "benchmark")
     if result is None:
         return "Not measured yet: `make bench`."
     measured = [int(name.split("_")[1]) for name in result if name.startswith("context_") and name[8:].isdecimal()]
@@ -148,7 +139,7 @@ def speed_table() -> str:
 def store_table() -> str:
     """What the context store costs beside a raw control of the same run; what the run did not measure is left out."""
     name = "store_benchmark"
-    result = read_result(name)
+    result = read_result(RESULTS, name)
     if result is None:
         return "Not measured yet: `python scripts/benchmark_store.py --json results/store_benchmark.json`."
     rows = [

@@ -3,12 +3,11 @@
 import ast
 import os
 import re
+import runpy
 import shutil
 import site
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +19,8 @@ from transformers import AutoTokenizer
 from modeling_xcllama import XCLlamaProcessor
 
 gradio_client = pytest.importorskip("gradio_client", reason="the extra `space` is not installed")
+SUPPORT = runpy.run_path(str(Path(__file__).with_name("space_support.py")))
+free_port, wait_for = SUPPORT["free_port"], SUPPORT["wait_for"]
 SPACE = Path(__file__).resolve().parent.parent / "space"
 # site-packages as a plain folder: the editable install of this repository is not seen
 RUN = """
@@ -42,9 +43,7 @@ def space(make_llama, make_model, smollm2_folder, tmp_path) -> Iterator[str]:
     XCLlamaProcessor(tokenizer).save_pretrained(tmp_path / "model")
     folder = tmp_path / "space"
     shutil.copytree(SPACE, folder, ignore=shutil.ignore_patterns("__pycache__"))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = str(free_port())
     packages = next(path for path in site.getsitepackages() if path.endswith("site-packages"))
     environment = {key: os.environ[key] for key in ("PATH", "HOME") if key in os.environ}
     environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf_home"), "OMP_NUM_THREADS": "1"}
@@ -59,16 +58,6 @@ def space(make_llama, make_model, smollm2_folder, tmp_path) -> Iterator[str]:
     finally:
         process.kill()
         process.wait(30)
-
-
-def wait_for(port: int, process: subprocess.Popen, log: Path) -> None:
-    for _ in range(240):
-        assert process.poll() is None, log.read_text()
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        time.sleep(0.5)
-    raise TimeoutError(log.read_text())
 
 
 def connect(url: str):

@@ -1,10 +1,9 @@
 """The Space in a headless chromium, as people use it: `make test-browser`. Screenshots go to runs/space/."""
 
+import runpy
 import shutil
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -13,6 +12,8 @@ import pytest
 
 pytestmark = pytest.mark.browser
 playwright = pytest.importorskip("playwright.sync_api", reason="the extra `browser` is not installed")
+SUPPORT = runpy.run_path(str(Path(__file__).with_name("space_support.py")))
+free_port, wait_for = SUPPORT["free_port"], SUPPORT["wait_for"]
 ROOT = Path(__file__).resolve().parent.parent
 PICTURES = ROOT / "runs" / "space"
 FLAGS = (
@@ -26,20 +27,13 @@ TEXT = "The harbour of Milstead was built in 1812 by Ada Finch. It has two piers
 @pytest.fixture(scope="module")
 def url(smollm2_folder, tmp_path_factory) -> Iterator[str]:
     """The Space with the repository's checkpoint."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     log = tmp_path_factory.mktemp("space") / "log"
     command = [sys.executable, str(ROOT / "scripts" / "run_space.py"), "--port", str(port)]
     with log.open("w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
     try:
-        for _ in range(240):
-            assert process.poll() is None, log.read_text()
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            time.sleep(0.5)
+        wait_for(port, process, log)
         yield f"http://127.0.0.1:{port}"
     finally:
         process.kill()

@@ -77,14 +77,14 @@ def quick_look(recipe: Recipe, model: nn.Module, run_folder: Path, questions: in
             samples = list(zip(held_out.questions, predictions, held_out.answers, strict=True))[:24]
             figures["samples"] = [{"question": q, "prediction": p, "answers": a} for q, p, a in samples]
     lines = list(read_log(run_folder / "log.jsonl"))
-    folders = stages(run_folder)
+    trained = [_stage(folder) for folder in stages(run_folder)]
     return {
         "recipe": recipe.name,
         "digest": recipe.digest,
         "parameters": parameter_counts(model),
         "step": _step(run_folder),
-        "stages": [_stage(folder) for folder in folders],
-        "training_seconds": sum(_stage(folder)["seconds"] for folder in folders),
+        "stages": trained,
+        "training_seconds": sum(stage["seconds"] for stage in trained),
         "final_loss": next((line["loss"] for line in reversed(lines) if "loss" in line), None),
         "held_out": {"source": recipe.run.evaluate_source, "questions": len(held_out.questions)} | figures,
     }

@@ -39,20 +39,28 @@ def fit_key_value(model: XCLlamaForCausalLM, passages: list[list[int]]) -> dict[
     shared = config.cross_attention_share_key_value
     heads = _copying_heads(model, followed) if shared else None
     states, keys, values = _collect(model, passages, {layer for layer, _ in heads} if shared else set(followed))
+    if shared:
+        size = config.head_dim
+        wanted = [
+            tuple(
+                torch.cat([of[layer][:, head * size : (head + 1) * size] for layer, head in heads], 1)
+                for of in (keys, values)
+            )
+        ]
+        _take_queries(model, followed, heads)
+    else:
+        wanted = [(keys[layer], values[layer]) for layer in followed]
     inputs = _normalized(states, config.rms_norm_eps)
     gram = inputs.T @ inputs
     gram += torch.eye(gram.shape[0]) * gram.diagonal().mean() * RIDGE
-    size = config.head_dim
     scores = {}
-    for index, projection in enumerate(model.model.context_projections):
-        wanted = keys[followed[index]], values[followed[index]]
-        if shared:
-            parts = [[of[layer][:, head * size : (head + 1) * size] for layer, head in heads] for of in (keys, values)]
-            wanted = tuple(torch.cat(part, 1) for part in parts)
-        fits = [_fit(linear, inputs, gram, of) for linear, of in zip(_linears(projection), wanted, strict=True)]
-        scores[config.cross_attention_layers[index]] = sum(fits) / 2
-    if shared:
-        _take_queries(model, followed, heads)
+    for layer, projection, targets in zip(
+        config.cross_attention_layers, model.model.context_projections, wanted, strict=False
+    ):
+        fits = [
+            _fit(linear, inputs, gram, target) for linear, target in zip(_linears(projection), targets, strict=True)
+        ]
+        scores[layer] = sum(fits) / 2
     logger.info(
         "least squares on %d tokens, R2 by block: %s", len(states), {k: round(v, 3) for k, v in scores.items()}
     )
