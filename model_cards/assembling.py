@@ -87,7 +87,7 @@ def assemble_model(
         # not the folder of this machine that it was read from
         model.config.encoder_config._name_or_path = model.config.encoder_name_or_path
     if is_added_weights(source):
-        card = checkpoint_card(source.name, source, model.config, results, repo_id)
+        card = checkpoint_card(source, model.config, results, repo_id)
     elif original is not None:
         card = conversion_card(repo_id.rpartition("/")[2], model.config, repo_id, original)
     else:

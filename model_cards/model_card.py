@@ -34,6 +34,9 @@ CASES = ("hidden 16-bit, file warm", "hidden 16-bit, projected", "hidden int8, f
 # what answers are scored by; of a task the first that it has stands in tables
 METRICS = {"f1": "token F1", "acc": "accuracy", "exact_match": "exact match"}
 TAGS = ["xcllama", "cross-attention", "context-cache", "question-answering"]
+ADAPTER_TAGS = ["xcllama", "lora", "baseline", "question-answering"]
+# where the passage of a question is, by what a recipe trains
+READING = {"cross_attention": "from the cache", "lora_prompt": "in the prompt", "lora_closed_book": "not read"}
 
 
 def read_result(results: Path, name: str) -> dict[str, Any] | None:
@@ -53,14 +56,13 @@ def base_licence(base: str) -> str:
     return LICENCES[base]
 
 
-def licence_fields(config: XCLlamaConfig, sources: list[str]) -> dict[str, str]:
+def licence_fields(base: str, sources: list[str]) -> dict[str, str]:
     """`license` and, where it is no standard one, its name: the base's, or non-commercial where a source is."""
-    licence = base_licence(config.base_model_name_or_path)
-    if config.encoder_name_or_path is not None:
-        base_licence(config.encoder_name_or_path)
     if any(not SOURCES[name].commercial for name in sources if name in SOURCES):
         return {"license": "other", "license_name": "trained-on-non-commercial-data"}
-    return {"license": licence}
+    if base not in LICENCES:
+        return {"license": "other", "license_name": "terms-of-the-base-model"}
+    return {"license": LICENCES[base]}
 
 
 def scored_runs(evaluation: dict[str, Any] | None) -> list[dict[str, Any]]:
@@ -73,8 +75,9 @@ def scored_runs(evaluation: dict[str, Any] | None) -> list[dict[str, Any]]:
 
 
 def own_runs(evaluation: dict[str, Any] | None, name: str) -> list[dict[str, Any]]:
-    """The runs of the model as it is published: reading its own cache, in the model's dtype."""
+    """The runs of what is published: the model on its own cache in its dtype, an adapter as it was trained."""
     methods = [f"{name} / cross / {dtype}" for dtype in ("bfloat16", "float16", "float32")]
+    methods += [f"{name} / LoRA / {mode}" for mode in ("prompt", "none")]
     return [run for run in scored_runs(evaluation) if run["method"] in methods]
 
 
@@ -117,20 +120,39 @@ def eval_results_yaml(evaluation: dict[str, Any], name: str) -> str:
     return yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False) if entries else ""
 
 
-def header(name: str, config: XCLlamaConfig, terms: dict[str, str], sources: list[str], evaluation=None) -> str:
-    """The YAML header, without its fences."""
-    bases = [config.base_model_name_or_path, config.encoder_name_or_path]
+def bases_of(config: XCLlamaConfig) -> list[str]:
+    """Names of the decoder and, where there is one, of the separate encoder."""
+    return [name for name in (config.base_model_name_or_path, config.encoder_name_or_path) if name is not None]
+
+
+def header(
+    name: str,
+    bases: list[str],
+    digest: str,
+    sources: list[str] = (),
+    evaluation: dict[str, Any] | None = None,
+    adapter: bool = False,
+) -> str:
+    """The YAML header, without its fences.
+
+    Args:
+        bases: Hub ids of what it is made from, the decoder first.
+        digest: of the decoder's weights.
+        sources: of the training data.
+        adapter: whether the repository holds an adapter of peft, not a model.
+    """
+    terms = licence_fields(bases[0], sources)
     datasets = sorted({SOURCES[source].hub_id for source in sources if source in SOURCES} - {""})
     fields = {
-        "base_model": [base for base in bases if base is not None],
-        "base_model_relation": "finetune",
-        "base_model_digest": config.base_model_digest,
+        "base_model": bases,
+        "base_model_relation": "adapter" if adapter else "finetune",
+        "base_model_digest": digest,
         "datasets": datasets or None,
         "eval_results": eval_results(evaluation, name) or None,
         "language": ["en"],
-        "library_name": "transformers",
+        "library_name": "peft" if adapter else "transformers",
         "pipeline_tag": "text-generation",
-        "tags": TAGS,
+        "tags": ADAPTER_TAGS if adapter else TAGS,
     }
     if results := fields["eval_results"]:
         fields |= {"model_name": name, "metrics": sorted({result.metric_type for result in results})}
@@ -143,28 +165,41 @@ def token_costs(config: XCLlamaConfig) -> dict[str, Any]:
     return {"file": files, "projected": projected_bytes(config), "key_value": key_value_bytes(config)}
 
 
-def training_values(name: str, folder: Path, results: Path) -> dict[str, Any]:
-    """What the training section of a checkpoint's card says.
+def training_values(folder: Path, bases: list[str], digest: str, results: Path, repo_id: str | None) -> dict[str, Any]:
+    """What every card of something trained says of it.
+
+    Args:
+        folder: training.json and recipe.yaml, as scripts/train.py exports them.
+        bases: the decoder and, where there is one, the encoder.
+        digest: of the decoder's weights.
 
     Raises:
-        ValueError: the folder lacks training.json or recipe.yaml.
+        ValueError: the folder lacks one of them, or it is published and the licence of a base is not known.
     """
     for file in ("training.json", "recipe.yaml"):
         if not (folder / file).is_file():
             raise ValueError(f"{folder} has no {file}, which fills its card; export it with scripts/train.py.")
     trained = json.loads((folder / "training.json").read_text())
     recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
-    tasks = {task: weight for task, weight in recipe["data"]["tasks"].items() if weight}
+    for base in bases if repo_id is not None else ():
+        base_licence(base)
     named = [SOURCES[source] for source in trained["sources"] if source in SOURCES]
     return {
+        "name": folder.name,
+        "repo_id": repo_id,
+        "base": bases[0],
+        "base_digest": digest,
+        "base_licence": LICENCES.get(bases[0], "as its owner states"),
         "trained": trained,
         "recipe": recipe,
-        "tasks": tasks,
+        "reading": READING[recipe["method"]],
+        "tasks": [task for task, weight in recipe["data"]["tasks"].items() if weight],
         "sources": named,
         "other_sources": [source for source in trained["sources"] if source not in SOURCES],
         "restricted": [source.name for source in named if not source.commercial],
         "hours": sum(stage["seconds"] for stage in trained["stages"]) / 3600,
-        "measured": read_result(results, f"training_{name}"),
+        "measured": read_result(results, f"training_{trained['recipe']}"),
+        "curve": (folder / "curve.png").is_file(),
     }
 
 
@@ -193,34 +228,64 @@ def request_rows(benchmark: dict[str, Any] | None) -> list[dict[str, Any]]:
     return rows
 
 
-def checkpoint_card(name: str, folder: Path, config: XCLlamaConfig, results: Path, repo_id: str) -> str:
-    """The card of the merged model of a folder of checkpoints/.
+def checkpoint_card(folder: Path, config: XCLlamaConfig, results: Path, repo_id: str | None = None) -> str:
+    """The card of the added weights in a folder of checkpoints/.
 
     Args:
-        config: of the merged model.
+        config: of the model that they belong to.
         results: the folder results/; what was not measured has no section.
+        repo_id: where base and added weights are published as one model; None: the folder as it is.
 
     Raises:
-        ValueError: an empty slot, or a base whose licence is not known.
+        ValueError: an empty slot, or what is published has a base or encoder whose licence is not known.
     """
-    training = training_values(name, folder, results)
-    evaluation = read_result(results, f"eval_{name}")
-    sources = training["trained"]["sources"]
-    terms = licence_fields(config, sources)
-    values = training | {
-        "name": name,
-        "repo_id": repo_id,
-        "header": header(name, config, terms, sources, evaluation),
+    bases, digest = bases_of(config), config.base_model_digest
+    values = training_values(folder, bases, digest, results, repo_id)
+    evaluation = read_result(results, f"eval_{folder.name}")
+    values |= {
+        "header": header(folder.name, bases, digest, values["trained"]["sources"], evaluation),
         "config": config,
-        "base_licence": base_licence(config.base_model_name_or_path),
         "evaluation": evaluation,
         "runs": scored_runs(evaluation),
         "costs": token_costs(config),
-        "demo": measured_with(results, "demo", name),
-        "benchmark": (benchmark := measured_with(results, "benchmark", name)),
+        "demo": measured_with(results, "demo", folder.name),
+        "benchmark": (benchmark := measured_with(results, "benchmark", folder.name)),
         "requests": request_rows(benchmark),
     }
     return render("model_card.md.jinja", values)
+
+
+def adapter_card(folder: Path, results: Path, repo_id: str | None = None) -> str:
+    """The card of an adapter of peft in a folder of checkpoints/, a baseline; arguments and errors as above."""
+    adapter = json.loads((folder / "adapter_config.json").read_text())
+    bases, digest = [adapter["base_model_name_or_path"]], read_result(folder, "training")["base_digest"]
+    values = training_values(folder, bases, digest, results, repo_id)
+    # baselines are evaluated beside the checkpoint that is compared with them
+    evaluation = read_result(results, f"eval_{DEFAULT}")
+    values |= {
+        "header": header(folder.name, bases, digest, values["trained"]["sources"], evaluation, adapter=True),
+        "config": None,
+        "adapter": adapter,
+        "evaluation": evaluation,
+        "runs": own_runs(evaluation, folder.name),
+    }
+    return render("adapter_card.md.jinja", values)
+
+
+def readme(folder: Path, results: Path) -> str:
+    """The card of a folder that scripts/train.py exported, as it lies there.
+
+    Raises:
+        ValueError: an empty slot, or files that are missing.
+    """
+    if is_adapter(folder):
+        return adapter_card(folder, results)
+    return checkpoint_card(folder, XCLlamaConfig.from_pretrained(folder), results)
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter of peft."""
+    return (folder / "adapter_config.json").is_file()
 
 
 def conversion_card(name: str, config: XCLlamaConfig, repo_id: str, original: str) -> str:
@@ -241,7 +306,7 @@ def conversion_card(name: str, config: XCLlamaConfig, repo_id: str, original: st
     values = {
         "name": name,
         "repo_id": repo_id,
-        "header": header(name, config, {"license": licence}, []),
+        "header": header(name, bases_of(config), config.base_model_digest),
         "config": config,
         "original": original,
         "terms": LLAMA_TERMS[licence],

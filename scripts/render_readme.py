@@ -1,4 +1,4 @@
-"""Fill the tables of README.md from configs and results/*.json; `--check` only compares.
+"""Fill README.md's tables and the cards in checkpoints/ from configs and results/*.json; `--check` only compares.
 
     python scripts/render_readme.py [--check]
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from transformers import BertConfig
 
 from model_cards.costs import cache_bytes, key_value_bytes
-from model_cards.model_card import read_result, scored_runs
+from model_cards.model_card import read_result, readme, scored_runs
 from modeling_xcllama import XCLlamaConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -207,12 +207,14 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="exit 1 if the tables are out of date; change nothing")
     arguments = parser.parse_args()
     path = ROOT / "README.md"
-    old = path.read_text()
-    new = render(old)
+    texts = {path: render(path.read_text())}
+    texts |= {folder / "README.md": readme(folder, RESULTS) for folder in sorted((ROOT / "checkpoints").glob("*/"))}
+    old = [path.relative_to(ROOT) for path, text in texts.items() if not path.is_file() or path.read_text() != text]
     if arguments.check:
-        print("README.md is up to date" if new == old else "README.md is out of date: python scripts/render_readme.py")
-        return int(new != old)
-    path.write_text(new)
+        print(*(f"{path} is out of date: python scripts/render_readme.py" for path in old), sep="\n")
+        return int(bool(old))
+    for path, text in texts.items():
+        path.write_text(text)
     return 0
 
 

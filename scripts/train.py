@@ -54,17 +54,16 @@ def _train(recipe, arguments: argparse.Namespace) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 3
     if int(os.environ.get("RANK", "0")) == 0:
-        from training.card import write_card
+        from model_cards.model_card import readme
         from training.export import export_model, quick_look
 
-        results = (arguments.results or Path("results")) / f"training_{recipe.name}.json"
         if arguments.export:
             export_model(recipe, model, folder, arguments.export)
         if arguments.results:
             figures = quick_look(recipe, model, folder, arguments.questions)
-            write_result(results, figures, recipe.seed)
+            write_result(arguments.results / f"training_{recipe.name}.json", figures, recipe.seed)
         if arguments.export:
-            write_card(recipe, arguments.export, results)
+            (arguments.export / "README.md").write_text(readme(arguments.export, arguments.results or Path("results")))
     return 0
 
 

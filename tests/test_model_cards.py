@@ -36,15 +36,8 @@ CHECKPOINTS = [folder for folder in sorted((ROOT / "checkpoints").iterdir()) if 
 NUMBER = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?")
 
 
-def config_of(folder: Path) -> XCLlamaConfig:
-    fields = json.loads((folder / "config.json").read_text())
-    return XCLlamaConfig(
-        **{name: value for name, value in fields.items() if name in XCLlamaConfig.__dataclass_fields__}
-    )
-
-
 def card_of(folder: Path, results: Path = RESULTS) -> str:
-    return checkpoint_card(folder.name, folder, config_of(folder), results, f"org/{folder.name}")
+    return checkpoint_card(folder, XCLlamaConfig.from_pretrained(folder), results, f"org/{folder.name}")
 
 
 def values_in(data) -> Iterator:
@@ -76,14 +69,15 @@ def untraced(card: str, folder: Path, template: str = "model_card.md.jinja") -> 
     results = [read_result(RESULTS, name) for name in files]
     sources += [result for result in results if result is not None]
     sources.append([SOURCES[name].licence + SOURCES[name].homepage for name in SOURCES])
-    costs = token_costs(config_of(folder))
+    config = XCLlamaConfig.from_pretrained(folder)
+    costs = token_costs(config)
     shares = [size / costs["key_value"] for size in (*costs["file"].values(), costs["projected"])]
     measured = read_result(RESULTS, f"training_{folder.name}")
-    totals = [sum(stage["seconds"] for stage in sources[0]["stages"]), config_of(folder).context_width]
+    totals = [sum(stage["seconds"] for stage in sources[0]["stages"]), config.context_width]
     totals += [] if measured is None else [sum(measured["parameters"].values())]
     allowed = set().union(*(written(value) for value in values_in([*sources, costs, shares, totals])))
     words = [re.sub(r"\{[{%].*?[%}]\}", "", (FOLDER / name).read_text(), flags=re.DOTALL)
-             for name in (template, "_use.md.jinja", "_costs.md.jinja", "_citation.md.jinja")]  # fmt: skip
+             for name in (template, *(path.name for path in FOLDER.glob("_*.jinja")))]  # fmt: skip
     return set(NUMBER.findall(card)) - allowed - set(NUMBER.findall("".join(words)))
 
 
@@ -112,7 +106,7 @@ def test_the_metadata_is_valid_and_complete(folder):
     )
     assert re.fullmatch("[0-9a-f]{64}", data.base_model_digest)
     assert set(data.datasets) == {SOURCES[name].hub_id for name in trained["sources"] if name in SOURCES} - {""}
-    assert config_of(folder).base_model_name_or_path in data.base_model
+    assert XCLlamaConfig.from_pretrained(folder).base_model_name_or_path in data.base_model
     evaluation = read_result(RESULTS, f"eval_{folder.name}")
     if evaluation is None:
         return

@@ -22,6 +22,12 @@ def test_tables_are_up_to_date(renderer):
     assert renderer.render(text) == text, "run: python scripts/render_readme.py"
 
 
+def test_cards_of_checkpoints_are_up_to_date(renderer):
+    for path in sorted((ROOT / "checkpoints").glob("*/README.md")):
+        card = renderer.readme(path.parent, renderer.RESULTS)
+        assert card == path.read_text(), "run: python scripts/render_readme.py"
+
+
 def test_bytes_a_token_follow_from_the_configs(renderer):
     """The same figures from the stock configs, worked out another way."""
     llama2, llama3 = LlamaConfig(), LlamaConfig(num_key_value_heads=8)

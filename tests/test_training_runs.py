@@ -15,10 +15,13 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
 
+from dataset_builders.provenance import write_result
+from model_cards.model_card import readme
 from modeling_xcllama.checkpoints import load_checkpoint as load_checkpoint_folder
+from modeling_xcllama.context_encoding import weights_digest
 from training.build import build_model
-from training.card import write_card
 from training.checkpoints import checkpoints, load_checkpoint
 from training.examples import ExamplePlan
 from training.export import export_model, quick_look
@@ -271,13 +274,12 @@ def test_export_holds_what_a_reader_needs(make_recipe, tmp_path):
         "recipe.yaml",
         "training.json",
     }
-    write_card(recipe, target)
-    assert "Not measured." in (target / "README.md").read_text()
-    (tmp_path / "figures.json").write_text(json.dumps(figures))
-    write_card(recipe, target, tmp_path / "figures.json")
-    card = (target / "README.md").read_text()
+    assert "Held-out" not in readme(target, tmp_path)
+    write_result(tmp_path / f"training_{recipe.name}.json", figures, recipe.seed)
+    card = readme(target, tmp_path)
+    assert "license_name: terms-of-the-base-model" in card
     assert f"{figures['held_out']['wrong_context']['f1']:.3f}" in card
-    assert recipe.digest in card
+    assert model.base_digest() in card
     assert {tensor.dtype for tensor in load_file(target / "cross_attention.safetensors").values()} == {torch.bfloat16}
     assert recipe_from_dict(yaml.safe_load((target / "recipe.yaml").read_text())).digest == recipe.digest
     assert equal(dict(load_run(recipe, tmp_path / "run").added_parameters()), unrounded)
@@ -285,6 +287,18 @@ def test_export_holds_what_a_reader_needs(make_recipe, tmp_path):
     fresh.load_cross_attention(target)
     for (name, old), (_, new) in zip(model.added_parameters(), fresh.added_parameters(), strict=True):
         torch.testing.assert_close(new, old.float(), msg=name)
+
+
+def test_an_exported_adapter_names_its_base(make_recipe, base_folder, tmp_path):
+    recipe = make_recipe(method="lora_prompt", optimization={"steps": 1}, run={"base_id": "org/base"})
+    export_model(recipe, run_recipe(recipe, tmp_path / "run"), tmp_path / "run", tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["base_model_name_or_path"] == "org/base"
+    digest = json.loads((tmp_path / "out" / "training.json").read_text())["base_digest"]
+    base = LlamaForCausalLM.from_pretrained(base_folder)
+    assert digest == weights_digest(base.named_parameters())
+    card = readme(tmp_path / "out", tmp_path)
+    assert "base_model_relation: adapter" in card
+    assert f"`{digest}`" in card
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ import yaml
 from torch import nn
 
 from modeling_xcllama.checkpoints import find_model
+from modeling_xcllama.context_encoding import weights_digest
 from training.build import load_processor, parameter_counts
 from training.checkpoints import checkpoints, write_json
 from training.curve import write_curve
@@ -31,13 +32,16 @@ def export_model(recipe: Recipe, model: nn.Module, run_folder: Path, target: Pat
     for weight in model.parameters():
         if weight.requires_grad:
             weight.data = weight.data.to(torch.bfloat16)
+    base_id = recipe.run.base_id or recipe.model.base
     if recipe.method == "cross_attention":
-        model.config.base_model_name_or_path = recipe.run.base_id or recipe.model.base
+        model.config.base_model_name_or_path = base_id
         if recipe.model.encoder is not None:
             model.config.encoder_name_or_path = recipe.run.encoder_id or recipe.model.encoder
         model.save_cross_attention(target)
     else:
-        model.save_pretrained(target)
+        model.peft_config["default"].base_model_name_or_path = base_id
+        # embeddings are not trained: peft need not look the base up on the Hub to know
+        model.save_pretrained(target, save_embedding_layers=False)
     template = load_processor(recipe).tokenizer.chat_template
     if template:
         _write(target / "chat_template.jinja", template)
@@ -55,11 +59,19 @@ def export_model(recipe: Recipe, model: nn.Module, run_folder: Path, target: Pat
             "stages": [_stage(folder) for folder in folders],
             "base": recipe.model.base,
             "base_source": origin.read_text().strip() if origin.is_file() else recipe.model.base,
-            "base_digest": getattr(model.config, "base_model_digest", None),
+            "base_digest": _base_digest(recipe, model),
             "sources": sorted(recipe.data.sources),
             "versions": _versions(),
         },
     )
+
+
+def _base_digest(recipe: Recipe, model: nn.Module) -> str:
+    """Digest of the frozen decoder's weights, under the decoder's own names."""
+    if recipe.method == "cross_attention":
+        return model.base_digest()
+    named = [(name.replace(".base_layer", ""), weight) for name, weight in model.get_base_model().named_parameters()]
+    return weights_digest((name, weight) for name, weight in named if ".lora_" not in name)
 
 
 def quick_look(recipe: Recipe, model: nn.Module, run_folder: Path, questions: int = 200) -> dict[str, Any]:
