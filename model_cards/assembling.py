@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
+from peft import PeftModel
 from safetensors import safe_open
-from transformers import AutoProcessor
+from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer
 
 from context_store import ContextStore
 from context_store.manifest import Folder, Manifest
@@ -21,10 +22,11 @@ from dataset_builders.card import render_card
 from dataset_builders.writing import read_table
 from model_cards import checking
 from model_cards.checking import answer, require_equal, run_clean
-from model_cards.model_card import checkpoint_card, conversion_card, eval_results_yaml, read_result
+from model_cards.model_card import adapter_card, checkpoint_card, conversion_card, eval_results_yaml, read_result
 from model_cards.rendering import check_card
 from modeling_xcllama import XCLlamaForCausalLM
-from modeling_xcllama.checkpoints import is_added_weights, load_checkpoint
+from modeling_xcllama.checkpoints import find_model, is_added_weights, load_checkpoint
+from modeling_xcllama.context_encoding import weights_digest
 from modeling_xcllama.context_repository import FORMAT as INDEX_FORMAT
 from modeling_xcllama.context_repository import FORMAT_VERSION as INDEX_VERSION
 from modeling_xcllama.context_repository import INDEX_NAME
@@ -61,10 +63,18 @@ def load_source(source: Path, base: str | None = None):
         names = [base or saved.get("base_model_name_or_path"), saved.get("encoder_name_or_path")]
         needed = " and ".join(name for name in names if name)
         raise ValueError(f"{source} belongs to {needed}, which cannot be found: run `make models`.") from error
-    expected, found = saved.get("base_model_digest"), model.base_digest()
+    require_base(source, saved.get("base_model_digest"), model.base_digest())
+    return model, processor
+
+
+def require_base(source: Path, expected: str | None, found: str) -> None:
+    """Refuse a base with other weights than the one that `source` was trained on.
+
+    Raises:
+        ValueError: their digests differ.
+    """
     if expected not in (None, found):
         raise ValueError(f"{source} was trained on a base of digest {expected[:12]}, the one found has {found[:12]}.")
-    return model, processor
 
 
 def assemble_model(
@@ -112,6 +122,40 @@ def check_model(folder: Path, model, processor) -> None:
     cache = model.encode_context(**processor(contexts=[TEXT], return_tensors="pt"))
     expected = answer(model, processor, cache, QUESTION) | {"base": model.base_digest()}
     require_equal(folder, run_clean(checking.MODEL_CHECK, str(folder), TEXT, QUESTION), expected)
+
+
+def assemble_adapter(source: Path, folder: Path, repo_id: str, results: Path):
+    """An adapter of peft with its tokenizer and card; returns the adapted model, the tokenizer and the base's folder.
+
+    Raises:
+        ValueError: no weights, a base that cannot be found or has other weights than the adapter's had, or a card
+            with an empty slot.
+    """
+    if not (source / "adapter_model.safetensors").is_file():
+        raise ValueError(f"{source} has no weights: it has no adapter_model.safetensors.")
+    card = adapter_card(source, results, repo_id)
+    expected = json.loads((source / "training.json").read_text())["base_digest"]
+    base = json.loads((source / "adapter_config.json").read_text())["base_model_name_or_path"]
+    where = find_model(base)
+    try:
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(where), AutoTokenizer.from_pretrained(where)
+    except OSError as error:
+        raise ValueError(f"{source} belongs to {base}, which cannot be found: run `make models`.") from error
+    require_base(source, expected, weights_digest(model.named_parameters()))
+    tokenizer.chat_template = (source / "chat_template.jinja").read_text()
+    tokenizer.save_pretrained(folder)
+    for name in ("adapter_config.json", "adapter_model.safetensors", *RECORDS):
+        if (source / name).is_file():
+            shutil.copy(source / name, folder)
+    shutil.copy(ROOT / "LICENSE", folder)
+    (folder / "README.md").write_text(card)
+    return PeftModel.from_pretrained(model, source).eval(), tokenizer, where
+
+
+def check_adapter(folder: Path, model, tokenizer, base: str) -> None:
+    """peft loads the folder in a clean process; it answers as the source does, token by token."""
+    expected = checking.answer_adapted(model, tokenizer, QUESTION)
+    require_equal(folder, run_clean(checking.ADAPTER_CHECK, str(folder), base, QUESTION), expected)
 
 
 def assemble_context(source: Path, folder: Path, repo_id: str, model, processor, model_id: str, licence: str):

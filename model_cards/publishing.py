@@ -12,12 +12,13 @@ from huggingface_hub import HfApi
 
 from model_cards import assembling
 from model_cards.assembling import ROOT
-from model_cards.model_card import DEFAULT
+from model_cards.model_card import DEFAULT, is_adapter
 from model_cards.uploading import Changes, Target, check_rights, compare, files_of, upload
 
-# repository type on the Hub, and the file that every repository of the kind has
+# repository type on the Hub, and the file that every repository of the kind has; a model may turn out to be an adapter
 KINDS = {
     "model": ("model", "config.json"),
+    "adapter": ("model", "adapter_config.json"),
     "kernel": ("kernel", "build.toml"),
     "dataset": ("dataset", "build.json"),
     "context": ("dataset", "manifest.json"),
@@ -37,7 +38,7 @@ class Release:
     """What to publish and how.
 
     Args:
-        kind: a key of `KINDS`, or "all".
+        kind: "model" (adapters are models, too), a key of `NAMES`, or "all".
         namespace: owner of the repositories; names are the checkpoints' and `NAMES`.
         repo_id: of the one repository, in place of the namespace.
         checkpoint: of the model, and what encodes the corpus; None: all of checkpoints/, and `CHECKPOINT`.
@@ -70,21 +71,21 @@ class Release:
         Raises:
             ValueError: there is no checkpoint.
         """
-        kinds = list(KINDS) if self.kind == "all" else [self.kind]
+        kinds = ["model", *NAMES] if self.kind == "all" else [self.kind]
         jobs = []
         for kind in kinds:
             if kind != "model":
                 jobs.append((kind, self.repo_id or f"{self.namespace}/{NAMES[kind]}", None))
                 continue
             checkpoints = [self.checkpoint] if self.checkpoint else sorted((ROOT / "checkpoints").glob("*/"))
-            # an adapter of peft is a baseline of the evaluation and no model of this class
-            checkpoints = [folder for folder in checkpoints if not (folder / "adapter_config.json").is_file()]
             if not checkpoints:
                 raise ValueError(f"no folder in {ROOT / 'checkpoints'}: nothing to publish as a model.")
             if self.repo_id and len(checkpoints) > 1:
                 names = ", ".join(folder.name for folder in checkpoints)
                 raise ValueError(f"--repo-id names one repository; choose one of {names} with --checkpoint.")
-            jobs += [(kind, self.repo_id or f"{self.namespace}/{folder.name}", folder) for folder in checkpoints]
+            for folder in checkpoints:
+                kind = "adapter" if is_adapter(folder) else "model"
+                jobs.append((kind, self.repo_id or f"{self.namespace}/{folder.name}", folder))
         return jobs
 
     def target(self, kind: str, repo_id: str) -> Target:
@@ -112,6 +113,8 @@ def assemble(
         pair = assembling.assemble_model(checkpoint, folder, repo_id, release.results, release.base, release.original)
         assembling.check_model(folder, *pair)
         models[checkpoint] = (folder, *pair)
+    elif kind == "adapter":
+        assembling.check_adapter(folder, *assembling.assemble_adapter(checkpoint, folder, repo_id, release.results))
     elif kind == "context":
         source = release.checkpoint or CHECKPOINT
         model_id = f"{release.namespace}/{source.name}"

@@ -1,7 +1,7 @@
 """Publish models, kernels, data sets, caches and the Space: assembled, checked, compared, one commit each, tagged.
 
 python scripts/push_to_hub.py all --namespace org --dry-run             # everything but the upload
-python scripts/push_to_hub.py model --repo-id org/name --checkpoint checkpoints/xc-smollm2-135m
+python scripts/push_to_hub.py model --repo-id org/name --checkpoint checkpoints/xc-smollm2-135m     # or an adapter
 python scripts/push_to_hub.py model --repo-id org/name --checkpoint CONVERTED --base-model BASE_ID --original WHERE
 python scripts/push_to_hub.py kernel --namespace org                    # to branch v1, where get_kernel looks
 python scripts/push_to_hub.py dataset --repo-id org/name --build runs/mix
@@ -15,12 +15,12 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-from model_cards.publishing import KINDS, Release, publish
+from model_cards.publishing import NAMES, Release, publish
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kind", choices=[*KINDS, "all"])
+    parser.add_argument("kind", choices=["model", *NAMES, "all"])
     parser.add_argument("--namespace", help="owner of the repositories")
     parser.add_argument("--repo-id", help="of one repository, in place of --namespace")
     parser.add_argument("--checkpoint", type=Path, help="added weights, or a converted model; default: all there are")

@@ -1,5 +1,6 @@
 """What the tests of publishing share: a Hub on loopback for this process, and a tiny checkpoint with real records."""
 
+import json
 import shutil
 import sys
 import time
@@ -9,12 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from huggingface_hub import HfApi, HfFileSystem, constants
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from model_cards.uploading import Target, compare, upload
 from modeling_xcllama import XCLlamaForCausalLM
+from modeling_xcllama.context_encoding import weights_digest
 
 TESTS = Path(__file__).resolve().parent
 CHECKPOINT = TESTS.parent / "checkpoints" / "xc-smollm2-135m"
@@ -45,9 +49,8 @@ def hub_on_loopback(root: Path) -> Iterator:
             del sys.modules[name]
 
 
-def make_checkpoint(cache: Path, folder: Path, encoder: Path | None = None, **fields) -> Path:
-    """Added weights of a tiny random model whose base lies in the folder `cache` (XCLLAMA_CACHE), with the training
-    records of the repository's own checkpoint, so that its card is filled from the real results/."""
+def make_base(cache: Path) -> Path:
+    """A tiny random decoder in the folder `cache` (XCLLAMA_CACHE), by the name of the real one."""
     torch.manual_seed(0)
     base = cache / "models" / BASE.rpartition("/")[2]
     sizes = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3}
@@ -59,6 +62,13 @@ def make_checkpoint(cache: Path, folder: Path, encoder: Path | None = None, **fi
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
     tokenizer.save_pretrained(base)
+    return base
+
+
+def make_checkpoint(cache: Path, folder: Path, encoder: Path | None = None, **fields) -> Path:
+    """Added weights of a tiny random model on `make_base`, with the training records of the repository's own
+    checkpoint, so that its card is filled from the real results/."""
+    base = make_base(cache)
     fields = {"context_layer": 2, "cross_attention_layers": [1, 2], "base_model_name_or_path": BASE} | fields
     model = XCLlamaForCausalLM.from_decoder(str(base), encoder, **fields)
     with torch.no_grad():
@@ -68,6 +78,22 @@ def make_checkpoint(cache: Path, folder: Path, encoder: Path | None = None, **fi
     model.save_cross_attention(folder)
     for name in ("training.json", "recipe.yaml"):
         shutil.copy(CHECKPOINT / name, folder)
+    return folder
+
+
+def make_adapter(cache: Path, folder: Path) -> Path:
+    """A random LoRA adapter on `make_base`, with records such as scripts/train.py exports."""
+    base = LlamaForCausalLM.from_pretrained(make_base(cache))
+    digest = weights_digest(base.named_parameters())
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    model = get_peft_model(base, config)
+    model.peft_config["default"].base_model_name_or_path = BASE
+    model.save_pretrained(folder, save_embedding_layers=False)
+    trained = json.loads((CHECKPOINT / "training.json").read_text())
+    (folder / "training.json").write_text(json.dumps(trained | {"recipe": folder.name, "base_digest": digest}))
+    recipe = yaml.safe_load((CHECKPOINT / "recipe.yaml").read_text())
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe | {"method": "lora_prompt"}))
+    (folder / "chat_template.jinja").write_text("{% for message in messages %}{{ message['content'] }}!{% endfor %}")
     return folder
 
 

@@ -11,10 +11,17 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import EvalResultEntry, ModelCard
-from transformers import AutoTokenizer, BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
+from transformers import AutoProcessor, AutoTokenizer, BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 from dataset_builders import SOURCES
-from model_cards.assembling import assemble_kernel, assemble_model, load_source
+from model_cards.assembling import (
+    assemble_adapter,
+    assemble_kernel,
+    assemble_model,
+    check_adapter,
+    load_source,
+)
+from model_cards.checking import answer, require_equal
 from model_cards.costs import cache_bytes, key_value_bytes, projected_bytes
 from model_cards.model_card import (
     CASES,
@@ -25,6 +32,7 @@ from model_cards.model_card import (
     read_result,
     token_costs,
 )
+from model_cards.publishing import Release
 from model_cards.rendering import FOLDER, check_card, render
 from modeling_xcllama import XCLlamaConfig, XCLlamaForCausalLM
 from modeling_xcllama.checkpoints import is_added_weights, load_checkpoint
@@ -242,13 +250,52 @@ def test_a_model_with_an_encoder_is_assembled(tmp_path, monkeypatch):
     fields = {"context_layer": None, "encoder_name_or_path": name}
     added = SUPPORT["make_checkpoint"](tmp_path / "cache", tmp_path / "xc-enc", encoder, **fields)
     AutoTokenizer.from_pretrained(tmp_path / "cache" / "models" / "SmolLM2-135M-Instruct").save_pretrained(encoder)
-    assemble_model(added, tmp_path / "repo", "org/xc-enc", RESULTS)
+    model, processor = assemble_model(added, tmp_path / "repo", "org/xc-enc", RESULTS)
+    expected = answer(model, processor, model.encode_context(**processor(contexts=["a b"], return_tensors="pt")), "c")
+    # the folder needs neither base nor encoder
+    shutil.rmtree(tmp_path / "cache")
+    loaded = XCLlamaForCausalLM.from_pretrained(tmp_path / "repo").eval()
+    processor = AutoProcessor.from_pretrained(tmp_path / "repo", trust_remote_code=True)
+    cache = loaded.encode_context(**processor(contexts=["a b"], return_tensors="pt"))
+    require_equal(tmp_path / "repo", answer(loaded, processor, cache, "c"), expected)
     card = (tmp_path / "repo" / "README.md").read_text()
     assert check_card(card, "card")["base_model"] == [SUPPORT["BASE"], name]
     assert f"| encoder | {name}, as it is |" in card
     assert "last layer, 24 values wide" in card
     for path in (tmp_path / "repo").rglob("*.json"):
         assert str(tmp_path) not in path.read_text(), path
+
+
+def test_an_adapter_is_assembled_and_answers(tmp_path, monkeypatch):
+    monkeypatch.setenv("XCLLAMA_CACHE", str(tmp_path / "cache"))
+    adapter = SUPPORT["make_adapter"](tmp_path / "cache", tmp_path / "lora-prompt")
+    assert Release("model", "org", "v1", checkpoint=adapter).jobs == [("adapter", "org/lora-prompt", adapter)]
+    assembled = assemble_adapter(adapter, tmp_path / "repo", "org/lora-prompt", RESULTS)
+    check_adapter(tmp_path / "repo", *assembled)
+    card = (tmp_path / "repo" / "README.md").read_text()
+    header = check_card(card, "card")
+    fields = ("library_name", "base_model_relation", "base_model")
+    assert [header[field] for field in fields] == ["peft", "adapter", [SUPPORT["BASE"]]]
+    assert f"`{header['base_model_digest']}`" in card
+    assert "on q_proj, v_proj" in card
+    # its own runs stand in the evaluation of the checkpoint that it is compared with
+    evaluation = read_result(RESULTS, f"eval_{DEFAULT}")
+    own = [run for run in evaluation["runs"] if run["method"] == "lora-prompt / LoRA / prompt"]
+    assert card.count("| lora-prompt / LoRA / prompt |") == len(own) > 0
+    assert len(ModelCard(card).data.eval_results) >= len(own)
+    assert not (tmp_path / "repo" / "config.json").exists()
+    trained = json.loads((adapter / "training.json").read_text())
+    (adapter / "training.json").write_text(json.dumps(trained | {"base_digest": "0" * 64}))
+    with pytest.raises(ValueError, match="was trained on a base of digest 000000000000"):
+        assemble_adapter(adapter, tmp_path / "other", "org/lora-prompt", RESULTS)
+
+
+@pytest.mark.parametrize("change", [{"tokens": [1]}, {"logits": [0.5, 0.8]}, {"logits": [0.5]}])
+def test_a_folder_that_answers_differently_is_refused(change):
+    expected = {"tokens": [0], "logits": [0.5, 0.5]}
+    require_equal(Path("folder"), {"tokens": [0], "logits": [0.5, 0.51]}, expected)
+    with pytest.raises(ValueError, match="folder differs from its source"):
+        require_equal(Path("folder"), expected | change, expected)
 
 
 def test_bytes_a_token_are_what_a_request_holds(make_llama):
