@@ -59,9 +59,9 @@ fuzz: .venv/.installed
 kernels-inspect: .venv/.installed
 	$(BIN)/python kernels/benchmarks/inspect_kernels.py --output results/kernels_inspect.json
 
-# two stages, hours on one core; an interrupted run goes on where it stopped
+# three stages, hours on one core; an interrupted run goes on where it stopped
 train-small: models
-	for name in xc-smollm2-135m-short xc-smollm2-135m; do \
+	for name in xc-smollm2-135m-short xc-smollm2-135m-joined xc-smollm2-135m; do \
 		resume=; if [ -e runs/$$name/recipe.json ]; then resume=--resume; fi; \
 		OMP_NUM_THREADS=1 $(BIN)/python scripts/train.py --recipe training/recipes/$$name.yaml $$resume || exit 1; \
 	done

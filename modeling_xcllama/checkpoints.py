@@ -4,7 +4,7 @@ import json
 import os
 from pathlib import Path
 
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from .configuration_xcllama import XCLlamaConfig
 from .modeling_xcllama import XCLlamaForCausalLM
@@ -44,9 +44,14 @@ def load_checkpoint(
     base = base or saved.get("base_model_name_or_path")
     if base is None:
         raise ValueError(f"{folder}/config.json names no base model; pass `base`.")
-    encoder = None
+    if not isinstance(base, PreTrainedModel):
+        base = AutoModelForCausalLM.from_pretrained(find_model(base), dtype=options.pop("dtype", "auto"))
+    encoder, sources = None, [base.config._name_or_path]
     if saved.get("encoder_config") is not None:
-        encoder = find_model(saved["encoder_name_or_path"])
+        sources.append(find_model(saved["encoder_name_or_path"]))
+        # as many of its layers as were kept
+        encoder_config = AutoConfig.for_model(**saved["encoder_config"])
+        encoder = AutoModel.from_pretrained(sources[1], config=encoder_config, dtype=base.dtype)
     fields = [
         field
         for field in XCLlamaConfig.__dataclass_fields__
@@ -55,11 +60,9 @@ def load_checkpoint(
     overrides = {field: saved[field] for field in fields if field in saved}
     overrides |= {"base_model_name_or_path": saved.get("base_model_name_or_path")}
     overrides |= {"encoder_name_or_path": saved.get("encoder_name_or_path")}
-    base = find_model(base) if isinstance(base, str) else base
     model = XCLlamaForCausalLM.from_decoder(base, encoder, init="random", **(overrides | options))
     model.load_cross_attention(folder)
-    name = base if isinstance(base, str) else base.config._name_or_path
-    tokenizers = [AutoTokenizer.from_pretrained(source) for source in (name, encoder) if source is not None]
+    tokenizers = [AutoTokenizer.from_pretrained(source) for source in sources]
     if (template := folder / "chat_template.jinja").is_file():
         # the template that the weights were trained with
         tokenizers[0].chat_template = template.read_text()

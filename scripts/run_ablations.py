@@ -38,7 +38,6 @@ ROWS: dict[str, dict[str, Any]] = {
     "question tokens count": {"optimization.question_loss": 0.3},
     "passages renamed": {"data.renamed": 400},
     "four distractors": {"data.distractors": 4},
-    "condensed": {"model.config.cross_attention_share_key_value": True},
 }
 
 

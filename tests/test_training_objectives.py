@@ -11,7 +11,7 @@ from transformers import BertConfig, BertModel, LlamaForCausalLM
 from modeling_xcllama import XCLlamaForCausalLM
 from training.build import build_model, load_processor
 from training.examples import ExamplePlan
-from training.least_squares import _copying_heads, fit_key_value
+from training.least_squares import fit_key_value
 from training.objectives import Objective
 from training.passages import read_passages
 from training.prompts import Prompts
@@ -100,31 +100,6 @@ def test_least_squares_reproduces_the_keys_of_the_layer_that_follows(make_recipe
     # the block after layer 1 reads the very states that layer 2 starts from
     assert scores[1] > 0.99
     assert scores[1] >= scores[3] > 0
-
-
-def test_shared_keys_start_as_those_of_the_heads_that_copy(make_recipe):
-    config = {"context_layer": 2, "cross_attention_layers": [1, 2], "cross_attention_share_key_value": True}
-    recipe = make_recipe(model={"config": config, "attn_implementation": "eager"})
-    prompts, passages = Prompts(load_processor(recipe)), read_passages(recipe.data, recipe.seed)
-    model = build_model(recipe)
-    ids = [prompts.context_ids(passage.text) for passage in passages]
-    places = _copying_heads(model, [2, 3])
-    fit_key_value(model, ids)
-    hidden = model(input_ids=torch.tensor([ids[0]]), output_hidden_states=True).hidden_states[2]
-    key, _ = model.model.context_projections[0](hidden[0, 1:])
-    layer = model.model.layers[2]
-    own = layer.self_attn.k_proj(layer.input_layernorm(hidden[0, 1:])).unflatten(-1, (2, -1))
-    size = model.config.head_dim * 2
-    block = model.model.cross_attention_blocks[0]
-    for place, (source, head) in enumerate(places):
-        here = slice(place * size, (place + 1) * size)
-        if source == 2:
-            torch.testing.assert_close(key[:, place], own[:, head], rtol=0.05, atol=0.02)
-            there = slice(head * size, (head + 1) * size)
-            assert torch.equal(block.q_proj.weight[here], layer.self_attn.q_proj.weight[there])
-        else:
-            assert not block.o_proj.weight[:, here].any()
-    assert any(source == 2 for source, _ in places)
 
 
 def test_gradient_checkpointing_changes_no_gradient(make_recipe, monkeypatch):

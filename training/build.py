@@ -48,7 +48,8 @@ def build_model(recipe: Recipe) -> nn.Module:
 def _cross_attention(base: PreTrainedModel, recipe: Recipe) -> XCLlamaForCausalLM:
     encoder = None
     if recipe.model.encoder is not None:
-        encoder = AutoModel.from_pretrained(find_model(recipe.model.encoder), dtype=base.dtype)
+        kept = {} if recipe.model.encoder_layers is None else {"num_hidden_layers": recipe.model.encoder_layers}
+        encoder = AutoModel.from_pretrained(find_model(recipe.model.encoder), dtype=base.dtype, **kept)
     model = XCLlamaForCausalLM.from_decoder(base, encoder=encoder, init=recipe.model.init, **recipe.model.config)
     if encoder is not None:
         train_encoder_layers(model, recipe.model.train_encoder)

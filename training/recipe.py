@@ -24,10 +24,12 @@ class ModelSection:
     Args:
         base: folder or Hub id of the frozen decoder; a bare name is looked up in the project's cache of models first.
         encoder: folder or Hub id of a separate encoder (None: the decoder encodes).
+        encoder_layers: of `encoder`, the first that are kept (None: all).
         train_encoder: train the layers of `encoder`, never its embeddings.
         attn_implementation: of the decoder's own attention (None: the library's choice; "eager" suits a CPU).
         chat_template: Jinja text instead of the tokenizer's own template.
         init: "self_attention", "random" or "zero", as `from_decoder` takes it.
+        transfer_from: folder of trained added weights of another layout to start from; see `training.transfer`.
         least_squares_passages: passages for the closed-form start of k and v (0: keep what `init` gave).
         start_from: run folder of an earlier stage; its newest weights are where this one starts.
         config: fields of `XCLlamaConfig`.
@@ -36,10 +38,12 @@ class ModelSection:
 
     base: str
     encoder: str | None = None
+    encoder_layers: int | None = None
     train_encoder: bool = False
     attn_implementation: str | None = None
     chat_template: str | None = None
     init: str = "self_attention"
+    transfer_from: str | None = None
     least_squares_passages: int = 0
     start_from: str | None = None
     config: dict[str, Any] = field(default_factory=dict)
@@ -183,6 +187,8 @@ class Recipe:
             raise ValueError(f"`distillation` needs method 'cross_attention', got {self.method!r}.")
         if self.model.train_encoder and self.model.encoder is None:
             raise ValueError("`model.train_encoder` needs `model.encoder`; the decoder itself is never trained.")
+        if self.model.transfer_from is not None and not self.model.least_squares_passages:
+            raise ValueError("`model.transfer_from` needs `model.least_squares_passages` above 0.")
         if "squad_sample" in data.sources:
             raise ValueError("`data.sources` must not hold squad_sample: it is for evaluation only.")
 

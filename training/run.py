@@ -9,6 +9,7 @@ from accelerate.utils import set_seed
 from torch import nn
 
 from dataset_builders.wheels import cache_folder
+from modeling_xcllama.checkpoints import load_checkpoint as load_added_weights
 from training.build import build_model, load_processor, load_teacher, parameter_counts
 from training.checkpoints import load_checkpoint, open_run
 from training.collator import Batch, Collator
@@ -22,6 +23,7 @@ from training.prompts import Prompts
 from training.recipe import Recipe
 from training.renaming import with_renamed
 from training.stored_states import StoredStates, encode_in_memory, store_states
+from training.transfer import transfer
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +44,12 @@ def run_recipe(recipe: Recipe, folder: Path, resume: bool = False) -> nn.Module:
     counts = parameter_counts(model)
     logger.info("%d passages; %d trained and %d frozen weights", len(passages), counts["trained"], counts["frozen"])
     if recipe.model.least_squares_passages and not resume:
-        fit_key_value(model, context_ids[: recipe.model.least_squares_passages])
+        chosen = slice(recipe.model.least_squares_passages)
+        if recipe.model.transfer_from is None:
+            fit_key_value(model, context_ids[chosen])
+        else:
+            source = load_added_weights(recipe.model.transfer_from, dtype=model.dtype)
+            transfer(source, (model, prompts.processor), [passage.text for passage in passages[chosen]])
     objective = Objective(model, recipe, _to_device(load_teacher(recipe), accelerator))
     if recipe.model.start_from is not None and not load_checkpoint(Path(recipe.model.start_from), objective):
         raise ValueError(
