@@ -183,27 +183,32 @@ def find_kernels():
     """
     if not _kernels:
         repo_id = os.environ.get("XCLLAMA_KERNEL", "xcllama/xcllama-kernels")
-        if "XCLLAMA_KERNEL" in os.environ or f"{repo_id}=" in os.environ.get("LOCAL_KERNELS", ""):
-            # named by the user in the environment: that is the consent to run its code
+        # named by the user in the environment: that is the consent to run its code
+        named = "XCLLAMA_KERNEL" in os.environ or f"{repo_id}=" in os.environ.get("LOCAL_KERNELS", "")
+        package = "kernels" if named else "xcllama_kernels"
+        missing = [name for name in ("triton", package) if importlib.util.find_spec(name) is None]
+        if missing:
+            raise ImportError(
+                f"`cross_attn_implementation='triton'` needs {' and '.join(missing)}: "
+                f"`pip install triton {'kernels' if named else 'xcllama'}`, or name a Hub kernel in the environment "
+                "variable XCLLAMA_KERNEL; or use 'sdpa'."
+            )
+        if named:
             get_kernel = importlib.import_module("kernels").get_kernel
             module, source = get_kernel(repo_id, version=1, trust_remote_code=True), repo_id
-        elif importlib.util.find_spec("xcllama_kernels") is None or importlib.util.find_spec("triton") is None:
-            raise ImportError(
-                "`cross_attn_implementation='triton'` needs the kernels: `pip install triton xcllama`, or name a Hub "
-                "kernel in the environment variable XCLLAMA_KERNEL; or use 'sdpa'."
-            )
         else:
-            module, source = importlib.import_module("xcllama_kernels"), "the installed package xcllama_kernels"
+            module, source = importlib.import_module(package), f"the installed package {package}"
         logger.info(f"cross-attention kernels: {source}")
         _kernels.append(module)
     return _kernels[0]
 
 
 def kernels_installed() -> bool:
-    """Whether `find_kernels` finds kernels."""
+    """Whether `find_kernels` finds kernels; what is missing is said once."""
     try:
         return find_kernels() is not None
-    except ImportError:
+    except ImportError as error:
+        logger.warning_once(f"cross_attn_implementation='auto' takes 'sdpa' on this GPU: {error}")
         return False
 
 
@@ -235,8 +240,7 @@ def log_implementation(name: str, device: torch.device) -> None:
     """Check the choice of a backend once, at load, and say what "auto" took."""
     taken = resolve_implementation(name, device)
     if name == "auto":
-        reason = "" if device.type != "cuda" or taken == "triton" else ": the kernels are not installed"
-        logger.info(f"cross_attn_implementation='auto' takes {taken!r} on {device}{reason}")
+        logger.info(f"cross_attn_implementation='auto' takes {taken!r} on {device}")
 
 
 def cross_attention_weights(query: Tensor, key, rows: ContextRows, scale: float) -> Tensor:

@@ -177,12 +177,48 @@ def store_table() -> str:
     return "\n".join(lines) + "\n" + source(name, result)
 
 
+def kernels_table() -> str:
+    """What the compiler makes of the Triton kernels on each chip, and the least time of a decoding step."""
+    name = "kernels_inspect"
+    result = read_result(RESULTS, name)
+    if result is None:
+        return "Not measured yet: `make kernels-inspect`."
+    lines = [
+        "| chip | variants | registers | spilled bytes | shared memory | products | decode: bytes asked / needed |",
+        "|---|" + "---:|" * 4 + "---|---:|",
+    ]
+    for chip in dict.fromkeys(record["target"] for record in result["kernels"]):
+        records = [record for record in result["kernels"] if record["target"] == chip]
+        most = {
+            field: max(record[field] for record in records) for field in ("registers", "spill_bytes", "shared_bytes")
+        }
+        kinds = sorted({kind for record in records for kind in record["tensor_core_instructions_in_loops"]})
+        asked = [row["bytes_requested"] / row["bytes_required"] for row in records if row["kernel"] == "decode_kernel"]
+        lines.append(
+            f"| {chip} | {len(records)} | {most['registers']} | {most['spill_bytes']} "
+            f"| {most['shared_bytes'] / 1024:,.0f} KiB | {', '.join(kinds)} | {max(asked):.3f} |"
+        )
+    lines += [
+        "",
+        "| least time of decoding, 32 heads, 8 KV heads of 128 | 16 bit, H100 | int8, H100 | int4, H100 "
+        "| 16 bit, MI300X | int8, MI300X | int4, MI300X |",
+        "|---|" + "---:|" * 6,
+    ]
+    rows = [row for row in result["rooflines"] if row["heads"] == [32, 8]]
+    for batch, context in dict.fromkeys((row["batch"], row["context"]) for row in rows):
+        times = {row["bits"]: row["decode_us"] for row in rows if (row["batch"], row["context"]) == (batch, context)}
+        cells = [f"{times[bits][chip]:,.1f} us" for chip in ("H100", "MI300X") for bits in (0, 8, 4)]
+        lines.append(f"| {batch} x {context:,} tokens of context | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n" + source(name, {"provenance": result})
+
+
 TABLES = {
     "bytes": bytes_table,
     "demo": demo_table,
     "evaluation": evaluation_table,
     "store": store_table,
     "speed": speed_table,
+    "kernels": kernels_table,
 }
 
 

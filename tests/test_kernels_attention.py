@@ -12,8 +12,9 @@ from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from xcllama_kernels import cross_attention, cross_attention_with_lse  # noqa: E402
 from xcllama_kernels.cases import Case, random_case, relative_error  # noqa: E402
+from xcllama_kernels.configs import family  # noqa: E402
 from xcllama_kernels.decode import plan_decode, rows_a_tile  # noqa: E402
-from xcllama_kernels.launch import INTERPRETED, Config, Quantization, launch_counts  # noqa: E402
+from xcllama_kernels.launch import INTERPRETED, Config, Quantization, Target, launch_counts  # noqa: E402
 from xcllama_kernels.reference import cross_attention_reference  # noqa: E402
 
 if not INTERPRETED:
@@ -111,6 +112,12 @@ def test_rows_that_share_a_context_are_in_one_tile():
     check(case, "decode_kernel")
 
 
+def test_chips_share_configurations():
+    found = [family(Target("cuda", arch, 1)) for arch in (80, 86, 89, 90, 100, 103, 120)]
+    assert found == ["ampere"] * 3 + ["hopper"] + ["blackwell"] * 2 + ["ampere"]
+    assert family(Target("hip", "gfx942", 1)) == "cdna"
+
+
 def test_eight_thousand_tokens():
     check(random_case([8192], [0, 0], 1, 2, 1, 32), "decode_kernel")
     check(random_case([8192], [0], 65, 1, 1, 32, torch.float16), "forward_kernel")
@@ -172,16 +179,21 @@ def test_scale():
     assert relative_error(cross_attention(*case.arguments, scale=0.5), expected) < 1e-5
 
 
-@pytest.mark.slow
+def far_apart(states: torch.Tensor, dim: int, stride: int) -> torch.Tensor:
+    """A copy whose steps along `dim` are `stride` elements; memory that is never touched costs nothing."""
+    strides = [*states.stride()]
+    strides[dim] = stride
+    storage = torch.empty(stride * (states.shape[dim] - 1) + states.numel(), dtype=states.dtype)
+    return storage.as_strided(states.shape, strides).copy_(states)
+
+
 @pytest.mark.parametrize("query_len", [1, 70], ids=["decode", "forward"])
 def test_addresses_beyond_32_bits(query_len):
-    # two tokens 2**31 + 16 elements apart: memory that is never touched costs nothing
-    stride = 2**31 + 16
-    storage = torch.empty(stride + 64, dtype=torch.int8)
-    case = random_case([2], [0], query_len, 1, 1, 64, torch.float16, bits=8)
-    far = storage.as_strided((2, 1, 64), (stride, 64, 1))
-    far.copy_(case.key)
-    moved = Case(case.query, far, case.value, case.offsets, case.context_index, case.quantization)
+    # nothing may fill what is far apart
+    torch.use_deterministic_algorithms(False)
+    case = random_case([2], [0], query_len, 3, 1, 64, torch.float16, bits=8)
+    query, key = far_apart(case.query, 2, 2**30 + 16), far_apart(case.key, 0, 2**31 + 16)
+    moved = Case(query, key, case.value, case.offsets, case.context_index, case.quantization)
     check(moved, "decode_kernel" if query_len == 1 else "forward_kernel")
 
 

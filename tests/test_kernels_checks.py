@@ -29,6 +29,12 @@ WRONG = {
     "head_dim large": ({"query": torch.randn(2, 1, 4, 264)}, r"\[16, 256\], got 264"),
     "head_dim odd": ({"query": torch.randn(2, 1, 4, 36)}, "multiple of 8 .*got 36"),
     "key dims": ({"key": torch.randn(30, 64)}, r"\[num_tokens, heads, dim\], got \(30, 64\)"),
+    "key tokens": ({"key": torch.empty(2**30 + 1, 2, 32, device="meta")}, r"at most 2\*\*30 tokens, got 1073741825"),
+    "key heads": (
+        {name: torch.empty(1, 2**16, 32, device="meta") for name in ("key", "value")}
+        | {"query": torch.empty(2, 1, 2**16, 32, device="meta")},
+        "less than 65536, got 65536",
+    ),
     "key dtype": ({"key": torch.randn(30, 2, 32).half()}, "`key` must have the dtype of `query`.*got torch.float16"),
     "key dim": ({"key": torch.randn(30, 2, 40)}, r"head_dim of `query` \(32\), got 40"),
     "value tokens": ({"value": torch.randn(29, 2, 32)}, r"tokens and heads of `key` \(30, 2\), got \(29, 2\)"),

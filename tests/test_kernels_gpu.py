@@ -3,8 +3,8 @@
 import pytest
 import torch
 from xcllama_kernels import cross_attention, cross_attention_with_lse, project_quantized, quantize_int4, quantize_int8
-from xcllama_kernels.cases import random_case, relative_error
-from xcllama_kernels.launch import INTERPRETED
+from xcllama_kernels.cases import Case, random_case, relative_error
+from xcllama_kernels.launch import INTERPRETED, launch_counts
 from xcllama_kernels.reference import cross_attention_reference, project_quantized_reference
 
 pytestmark = [
@@ -65,3 +65,48 @@ def test_compile_and_cuda_graph():
     graph.replay()
     assert torch.equal(output, cross_attention(*case.arguments))
     assert not torch.equal(output, expected)
+
+
+@pytest.mark.parametrize("query_len", [1, 70], ids=["decode", "forward"])
+def test_addresses_beyond_32_bits(query_len):
+    case = random_case([2], [0], query_len, 3, 1, 64, torch.float16, 8, "cuda")
+    expected = cross_attention(*case.arguments, **case.quantization)
+    storage = torch.empty(2**31 + 16 + 64, dtype=torch.int8, device="cuda")
+    key = storage.as_strided((2, 1, 64), (2**31 + 16, 64, 1)).copy_(case.key)
+    storage = torch.empty(2 * (2**30 + 16) + 64 * query_len, dtype=torch.float16, device="cuda")
+    query = storage.as_strided((1, query_len, 3, 64), (0, 64, 2**30 + 16, 1)).copy_(case.query)
+    moved = Case(query, key, case.value, case.offsets, case.context_index, case.quantization)
+    assert torch.equal(cross_attention(*moved.arguments, **moved.quantization), expected)
+
+
+def test_bad_indices_in_a_cuda_graph_stay_within_the_tensors():
+    """Nothing can be read back during a replay: the kernels clamp offsets and indices."""
+    case = random_case([500, 300], [1, 0, 1], 1, 8, 2, 64, torch.bfloat16, 0, "cuda")
+    cross_attention(*case.arguments)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = cross_attention(*case.arguments)
+    case.context_index.copy_(torch.tensor([-5, 2**30, 1]))
+    case.offsets.copy_(torch.tensor([700, -(2**31), 2**31 - 1]))
+    graph.replay()
+    torch.cuda.synchronize()
+    assert output.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [None, "int8", "int4"])
+def test_generate_equals_sdpa(dtype, tiny_base, make_model, batch):
+    fields = {"cross_attention_head_dim": 16, "cross_attention_layers": [1, 3], "init": "random"}
+    model = make_model(tiny_base, **fields, cross_attn_implementation="triton").to("cuda")
+    inputs = {name: tensor.to("cuda") for name, tensor in batch.items()}
+    cache = model.encode_context(inputs["context_input_ids"], inputs["context_attention_mask"]).join([[0], [1, 0]])
+    cache = cache if dtype is None else cache.quantize(dtype)
+    generated = {}
+    for name in ("auto", "triton", "sdpa"):
+        model.config.cross_attn_implementation = name
+        before = launch_counts["decode_kernel"]
+        generated[name] = model.generate(
+            inputs["input_ids"], context_cache=cache, max_new_tokens=6, do_sample=False, eos_token_id=None
+        )
+        assert (launch_counts["decode_kernel"] > before) == (name != "sdpa")
+    assert torch.equal(generated["triton"], generated["sdpa"])
+    assert torch.equal(generated["triton"], generated["auto"])

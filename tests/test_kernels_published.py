@@ -62,6 +62,35 @@ def test_loads_in_a_clean_process(repository, tmp_path, way):
     assert run.stdout == "same True\n", run.stderr
 
 
+ORDER = """
+import os
+from transformers.utils import logging
+from modeling_xcllama import cross_attention
+logging.set_verbosity_info()
+folder = {root!r}
+for environment, inside in [
+    ({{"LOCAL_KERNELS": "xcllama/xcllama-kernels=" + folder}}, True),
+    ({{"LOCAL_KERNELS": "someone/other=" + folder, "XCLLAMA_KERNEL": "someone/other"}}, True),
+    ({{}}, False),
+]:
+    for name in ("LOCAL_KERNELS", "XCLLAMA_KERNEL"):
+        os.environ.pop(name, None)
+    os.environ.update(environment)
+    cross_attention._kernels.clear()
+    found = [cross_attention.find_kernels() for _ in range(2)]
+    assert found[0] is found[1] and (folder in found[0].__file__) == inside, found
+"""
+
+
+def test_the_model_looks_in_order_and_says_once_what_it_took(repository, tmp_path):
+    environment = os.environ | {"TRITON_INTERPRET": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    code = ORDER.format(root=str(repository))
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    said = [line.partition("cross-attention kernels: ")[2] for line in run.stderr.splitlines() if "kernels: " in line]
+    assert said == ["xcllama/xcllama-kernels", "someone/other", "the installed package xcllama_kernels"]
+
+
 def test_layout(repository):
     identifiers = set()
     for backend in ("cuda", "rocm", "cpu"):

@@ -1,5 +1,6 @@
 """`cross_attn_implementation="triton"` in the model, under Triton's interpreter."""
 
+import importlib.util
 import sys
 
 import pytest
@@ -59,13 +60,31 @@ def test_the_shape_of_the_offsets_is_checked_once(models, batch):
     assert first[1] is second[1]
 
 
-def test_without_kernels_an_explicit_choice_raises(tiny_base, monkeypatch):
+@pytest.mark.parametrize("named", [True, False], ids=["hub-kernel", "installed"])
+def test_without_triton_an_explicit_choice_raises_and_auto_says_what_it_takes(tiny_base, monkeypatch, named):
     monkeypatch.setattr(cross_attention, "_kernels", [])
-    monkeypatch.setattr(cross_attention.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match="pip install triton"):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        cross_attention.importlib.util, "find_spec", lambda name: None if name == "triton" else found(name)
+    )
+    if named:
+        monkeypatch.setenv("XCLLAMA_KERNEL", "someone/other-kernels")
+    with pytest.raises(ImportError, match="needs triton: `pip install triton "):
         XCLlamaForCausalLM.from_decoder(tiny_base, cross_attn_implementation="triton")
-    assert cross_attention.resolve_implementation("auto", torch.device("cuda")) == "sdpa"
+    warnings = []
+    monkeypatch.setattr(cross_attention.logger, "warning_once", warnings.append)
     assert cross_attention.resolve_implementation("auto", torch.device("cpu")) == "sdpa"
+    assert warnings == []
+    assert cross_attention.resolve_implementation("auto", torch.device("cuda")) == "sdpa"
+    assert "takes 'sdpa' on this GPU" in warnings[0]
+    assert "pip install triton" in warnings[0]
+
+
+def test_auto_says_what_it_takes_on_a_cpu(tiny_base, monkeypatch):
+    said = []
+    monkeypatch.setattr(cross_attention.logger, "info", said.append)
+    XCLlamaForCausalLM.from_decoder(tiny_base, cross_attn_implementation="auto")
+    assert said == ["cross_attn_implementation='auto' takes 'sdpa' on cpu"]
 
 
 def test_the_environment_overrides_the_installed_package(monkeypatch, tmp_path):

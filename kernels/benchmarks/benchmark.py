@@ -3,28 +3,38 @@
     python kernels/benchmarks/benchmark.py --output results/kernels_benchmark.json
     python kernels/benchmarks/benchmark.py --tune --output /tmp/tuned.json      # every candidate configuration
 
-Each case is first compared with the float32 result of SDPA; the time is the median over repeated runs with a cold L2.
+Each result is first compared with the float32 reference; times are the median over repeated runs with a cold L2. What
+cannot run stands in the results with its error. Fails when one of our kernels cannot run or is wrong.
 """
 
 import argparse
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from provenance import provenance, write_json
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import linear, scaled_dot_product_attention
 from traffic import Shape
 from triton.testing import do_bench
-from xcllama_kernels import cross_attention, project_quantized, quantize_int8
+from xcllama_kernels import (
+    configs,
+    cross_attention,
+    cross_attention_with_lse,
+    project_quantized,
+    quantize_int4,
+    quantize_int8,
+)
+from xcllama_kernels.backward import plan_backward
 from xcllama_kernels.cases import Case, random_case, relative_error
-from xcllama_kernels.configs import decode_configs, decode_rows, forward_configs
 from xcllama_kernels.decode import plan_decode, rows_a_tile
 from xcllama_kernels.forward import plan_forward
-from xcllama_kernels.launch import INTERPRETED, Quantization, target_of
+from xcllama_kernels.launch import INTERPRETED, Launch, Quantization, target_of
+from xcllama_kernels.project import plan_projection
+from xcllama_kernels.reference import cross_attention_reference, dequantize
 
 # (batch, contexts, context length, query length, heads, KV heads, head size)
 SHAPES = {
@@ -33,47 +43,51 @@ SHAPES = {
     "prefill": [Shape(4, 4, 4096, 512, 32, 8, 128), Shape(8, 8, 1024, 256, 9, 3, 64)],
     "training": [Shape(8, 8, 1024, 512, 32, 8, 128), Shape(16, 16, 512, 256, 9, 3, 64)],
 }
+# (tokens, heads of 64 channels, columns)
+PROJECTIONS = [(8192, 64, 2048), (8192, 9, 384)]
+TOLERANCE = 1e-2
+
+# a function and the tensors it takes, which have gradients in training
+Call = tuple[Callable[..., Tensor], list[Tensor]]
 
 
-def make_case(shape: Shape, dtype: torch.dtype, bits: int) -> Case:
+def make_case(shape: Shape, bits: int, device: str) -> Case:
     rows = [row % shape.contexts for row in range(shape.batch)]
     heads = (shape.num_heads, shape.num_kv_heads, shape.head_dim)
-    return random_case([shape.context_len] * shape.contexts, rows, shape.query_len, *heads, dtype, bits, "cuda")
+    lengths = [shape.context_len] * shape.contexts
+    return random_case(lengths, rows, shape.query_len, *heads, torch.bfloat16, bits, device)
 
 
-def padded(case: Case, shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, key and value as `[batch, heads, length, head_dim]`, one context a row (copied where rows share one)."""
+def ours(case: Case) -> Call:
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return cross_attention(query, key, value, case.offsets, case.context_index, **case.quantization)
+
+    return attend, list(case.arguments[:3])
+
+
+def competitors(case: Case, shape: Shape) -> dict[str, Call]:
+    """Name -> a call on the same numbers, its output like ours; rows that share a context get a copy of it."""
     states = [tensor.unflatten(0, (shape.contexts, shape.context_len)) for tensor in (case.key, case.value)]
-    key, value = (tensor[case.context_index.long()].transpose(1, 2).contiguous() for tensor in states)
-    return case.query.transpose(1, 2).contiguous(), key, value
-
-
-def flash_varlen(case: Case, shape: Shape) -> Callable[[], Tensor] | None:
-    """FlashAttention's packed form, where it is installed; rows that share a context get a copy of it."""
-    if importlib.util.find_spec("flash_attn") is None:
-        return None
-    from flash_attn import flash_attn_varlen_func
-
-    _, key, value = padded(case, shape)
-    key, value = (tensor.transpose(1, 2).flatten(0, 1).contiguous() for tensor in (key, value))
-    lengths = [
-        torch.arange(shape.batch + 1, dtype=torch.int32, device="cuda") * step
-        for step in (shape.query_len, shape.context_len)
-    ]
-    query = case.query.flatten(0, 1)
-    return lambda: flash_attn_varlen_func(query, key, value, *lengths, shape.query_len, shape.context_len)
-
-
-def competitors(case: Case, shape: Shape) -> dict[str, Callable[[], Tensor]]:
-    """Name -> one attention call on the same numbers."""
-    query, key, value = padded(case, shape)
-    compiled = torch.compile(flex_attention)
-    calls = {
-        "sdpa": lambda: scaled_dot_product_attention(query, key, value, enable_gqa=True),
-        "flex_attention": lambda: compiled(query, key, value, enable_gqa=True),
+    rows = [case.query, *(tensor[case.context_index.long()] for tensor in states)]
+    by_head = [tensor.transpose(1, 2).contiguous() for tensor in rows]
+    # shapes that become dynamic are slower, and after eight of them nothing is compiled any more
+    torch.compiler.reset()
+    compiled = torch.compile(flex_attention, dynamic=False)
+    calls: dict[str, Call] = {
+        "sdpa": (lambda *inputs: scaled_dot_product_attention(*inputs, enable_gqa=True).transpose(1, 2), by_head),
+        "flex_attention": (lambda *inputs: compiled(*inputs, enable_gqa=True).transpose(1, 2), by_head),
     }
-    if flash := flash_varlen(case, shape):
-        calls["flash_attention"] = flash
+    if importlib.util.find_spec("flash_attn") is not None:
+        from flash_attn import flash_attn_varlen_func
+
+        lengths = (shape.query_len, shape.context_len)
+        steps = torch.arange(shape.batch + 1, dtype=torch.int32, device=case.query.device)
+        bounds = [steps * length for length in lengths]
+
+        def flash(*inputs: Tensor) -> Tensor:
+            return flash_attn_varlen_func(*inputs, *bounds, *lengths).unflatten(0, (shape.batch, shape.query_len))
+
+        calls["flash_attention"] = flash, [tensor.flatten(0, 1).contiguous() for tensor in rows]
     return calls
 
 
@@ -81,86 +95,127 @@ def microseconds(call: Callable[[], object]) -> float:
     return round(1000 * do_bench(call, return_mode="median"), 2)
 
 
-def with_backward(call: Callable[[], Tensor], leaves: list[Tensor]) -> Callable[[], object]:
+def reason(failure: Exception) -> str:
+    return f"{type(failure).__name__}: {str(failure).splitlines()[:1]}"
+
+
+def compare(call: Call, expected: Tensor, training: bool) -> dict[str, object]:
+    """Error and time of a call, forward and backward in training; or why it failed."""
+    function, inputs = call
+    leaves = [tensor.detach().requires_grad_(training) for tensor in inputs]
+
     def run() -> object:
-        output = call()
-        return torch.autograd.grad(output, leaves, torch.ones_like(output))
+        output = function(*leaves)
+        return torch.autograd.grad(output, leaves, torch.ones_like(output)) if training else output
 
-    return run
+    try:
+        error = relative_error(function(*leaves).detach(), expected)
+        return {"error": error, "us": microseconds(run)}
+    except Exception as failure:
+        return {"failed": reason(failure)}
 
 
-def time_case(kind: str, shape: Shape) -> dict[str, object]:
-    """Error and times of one shape in bf16, and of ours with int8 and int4 contexts."""
-    case = make_case(shape, torch.bfloat16, 0)
-    calls = {"ours": lambda: cross_attention(*case.arguments)} | competitors(case, shape)
-    query, key, value = (tensor.float() for tensor in padded(case, shape))
-    expected = scaled_dot_product_attention(query, key, value, enable_gqa=True).transpose(1, 2)
-    record: dict[str, object] = {
-        "kind": kind,
-        "shape": vars(shape),
-        "error": relative_error(calls["ours"](), expected),
+def time_case(kind: str, shape: Shape, bits: int, device: str) -> dict[str, object]:
+    """Ours in bf16 or on a quantized context, and the others in bf16."""
+    case = make_case(shape, bits, device)
+    expected, _ = cross_attention_reference(*case.arguments, **case.quantization, dtype=torch.float32)
+    calls = {"ours": ours(case)} | ({} if bits else competitors(case, shape))
+    found = {name: compare(call, expected, kind == "training") for name, call in calls.items()}
+    return {"kind": kind, "shape": vars(shape), "bits": bits} | found
+
+
+def projection_inputs(num_tokens: int, heads: int, columns: int, bits: int, device: str) -> list[Tensor | None]:
+    """Quantized states, scale, zero and a bf16 weight."""
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(num_tokens, heads, 64, generator=generator).to(device)
+    weight = torch.randn(columns, 64 * heads, generator=generator).to(device, torch.bfloat16) / (64 * heads) ** 0.5
+    quantized = (*quantize_int8(states), None) if bits == 8 else quantize_int4(states)
+    return [*quantized, weight]
+
+
+def time_projection(num_tokens: int, heads: int, columns: int, bits: int, device: str) -> dict[str, object]:
+    """Projection of quantized states against dequantizing first."""
+    data, scale, zero, weight = projection_inputs(num_tokens, heads, columns, bits, device)
+    expected = linear(dequantize(data, scale, zero, torch.float32).flatten(1), weight.float())
+    calls: dict[str, Call] = {
+        "ours": (lambda *inputs: project_quantized(*inputs[:2], zero, inputs[2]), [data, scale, weight]),
+        "dequantize, then linear": (
+            lambda *inputs: linear(dequantize(*inputs[:2], zero, weight.dtype).flatten(1), inputs[2]),
+            [data, scale, weight],
+        ),
     }
+    shape = {"num_tokens": num_tokens, "width": 64 * heads, "columns": columns}
+    found = {name: compare(call, expected, False) for name, call in calls.items()}
+    return {"kind": "projection", "shape": shape, "bits": bits} | found
+
+
+def attention_candidates(kind: str, shape: Shape, bits: int, device: str) -> Iterator[list[Launch]]:
+    """The launches of each candidate configuration for a shape."""
+    case = make_case(shape, bits, device)
+    dtype, head_dim, target = case.query.dtype, shape.head_dim, target_of(case.query.device)
+    output, lse = cross_attention_with_lse(*case.arguments, **case.quantization)
+    scale = head_dim**-0.5
     if kind == "training":
-        leaves = [tensor.requires_grad_() for tensor in case.arguments[:3]]
-        record["us"] = {"ours": microseconds(with_backward(calls["ours"], leaves))}
-        query, key, value = (tensor.detach().requires_grad_() for tensor in padded(case, shape))
-        sdpa = with_backward(
-            lambda: scaled_dot_product_attention(query, key, value, enable_gqa=True), [query, key, value]
-        )
-        record["us"]["sdpa"] = microseconds(sdpa)
-        return record
-    record["us"] = {name: microseconds(call) for name, call in calls.items()}
-    for bits in (8, 4):
-        quantized = make_case(shape, torch.bfloat16, bits)
-        attend = lambda quantized=quantized: cross_attention(*quantized.arguments, **quantized.quantization)  # noqa: E731
-        record["us"][f"ours, int{bits}"] = microseconds(attend)
-    return record
-
-
-def time_projection() -> dict[str, object]:
-    """Projection of int8 states against dequantizing first."""
-    states = torch.randn(8192, 64, 64, device="cuda")
-    data, scale = quantize_int8(states)
-    weight = torch.randn(2048, 4096, device="cuda", dtype=torch.bfloat16) / 64
-
-    def dequantize_first() -> Tensor:
-        return torch.nn.functional.linear((data * scale[..., None]).to(torch.bfloat16).flatten(1), weight)
-
-    error = relative_error(project_quantized(data, scale, None, weight), dequantize_first())
-    times = {
-        "ours": microseconds(lambda: project_quantized(data, scale, None, weight)),
-        "dequantize, then linear": microseconds(dequantize_first),
-    }
-    return {
-        "kind": "projection",
-        "shape": {"num_tokens": 8192, "width": 4096, "columns": 2048},
-        "error": error,
-        "us": times,
-    }
-
-
-def tune_case(kind: str, shape: Shape, bits: int) -> list[dict[str, object]]:
-    """The time of each candidate configuration of decode or forward."""
-    case = make_case(shape, torch.bfloat16, bits)
-    quantization = Quantization(**case.quantization)
-    target = target_of(case.query.device)
-    group = shape.num_heads // shape.num_kv_heads
-    most = decode_rows(torch.bfloat16, shape.head_dim)
-    if kind.startswith("decode"):
-        block_m = rows_a_tile(shape.batch, shape.contexts, shape.query_len, group, most)
-        plan, candidates = plan_decode, decode_configs(target, torch.bfloat16, shape.head_dim, bits, block_m)
+        gradients = tuple(torch.empty_like(tensor) for tensor in case.arguments[:3])
+        arguments = (torch.ones_like(output), None, *case.arguments, output, lse, scale, gradients)
+        by_query = configs.query_gradient_configs(target, dtype, head_dim)
+        by_context = configs.context_gradient_configs(target, dtype, head_dim)
+        for config in by_query:
+            yield plan_backward(*arguments, configs=(config, by_context[0]))[:1]
+        for config in by_context:
+            yield plan_backward(*arguments, configs=(by_query[0], config))[1:]
+        return
+    if kind == "prefill":
+        plan, candidates = plan_forward, configs.forward_configs(target, dtype, head_dim, bits)
     else:
-        plan, candidates = plan_forward, forward_configs(target, torch.bfloat16, shape.head_dim, bits)
-    output = torch.empty_like(case.query)
-    lse = torch.empty(shape.batch, shape.num_heads, shape.query_len, device="cuda")
-    records = []
+        group = shape.num_heads // shape.num_kv_heads
+        most = configs.decode_rows(dtype, head_dim)
+        block_m = rows_a_tile(shape.batch, shape.contexts, shape.query_len, group, most)
+        plan, candidates = plan_decode, configs.decode_configs(target, dtype, head_dim, bits, block_m)
+    inputs = (*case.arguments[:3], Quantization(**case.quantization), *case.arguments[3:], output, lse, scale)
     for config in candidates:
-        launches = plan(
-            *case.arguments[:3], quantization, *case.arguments[3:], output, lse, shape.head_dim**-0.5, config=config
-        )
-        time = microseconds(lambda launches=launches: [launch.run() for launch in launches])
-        records.append({"kind": kind, "shape": vars(shape), "bits": bits, "config": vars(config), "us": time})
-    return records
+        yield plan(*inputs, config=config)
+
+
+def projection_candidates(num_tokens: int, heads: int, columns: int, bits: int, device: str) -> Iterator[list[Launch]]:
+    data, scale, zero, weight = projection_inputs(num_tokens, heads, columns, bits, device)
+    output = torch.empty(num_tokens, columns, dtype=weight.dtype, device=device)
+    for config in configs.projection_configs(target_of(data.device), weight.dtype, bits):
+        yield plan_projection(data, scale, zero, weight, None, None, None, output, config=config)
+
+
+def tune(kind: str, shape: object, bits: int, candidates: Iterator[list[Launch]]) -> Iterator[dict[str, object]]:
+    """The time of each candidate."""
+    for launches in candidates:
+        record = {"kind": kind, "kernel": launches[0].name, "shape": shape, "bits": bits}
+        record["config"] = vars(launches[0].config)
+        try:
+            record["us"] = microseconds(lambda launches=launches: [launch.run() for launch in launches])
+        except Exception as failure:
+            record["failed"] = reason(failure)
+        yield record
+
+
+def all_records(tuning: bool, device: str) -> Iterator[dict[str, object]]:
+    for kind, shapes in SHAPES.items():
+        for shape in shapes:
+            for bits in (0,) if kind == "training" else (0, 8, 4):
+                if tuning:
+                    yield from tune(kind, vars(shape), bits, attention_candidates(kind, shape, bits, device))
+                else:
+                    yield time_case(kind, shape, bits, device)
+    for sizes in PROJECTIONS:
+        for bits in (8, 4):
+            if tuning:
+                yield from tune("projection", sizes, bits, projection_candidates(*sizes, bits, device))
+            else:
+                yield time_projection(*sizes, bits, device)
+
+
+def is_wrong(record: dict) -> bool:
+    """Whether one of our kernels failed or missed the reference."""
+    result = record.get("ours", record)
+    return "failed" in result or not result.get("error", 0.0) < TOLERANCE
 
 
 def main() -> int:
@@ -170,22 +225,16 @@ def main() -> int:
     arguments = parser.parse_args()
     if not torch.cuda.is_available() or INTERPRETED:
         raise ValueError("the benchmark needs a GPU and no TRITON_INTERPRET; inspect_kernels.py needs neither.")
-    if arguments.tune:
-        kinds = [kind for kind in SHAPES if kind != "training"]
-        records = [
-            record
-            for kind in kinds
-            for shape in SHAPES[kind]
-            for bits in (0, 8, 4)
-            for record in tune_case(kind, shape, bits)
-        ]
-    else:
-        records = [time_case(kind, shape) for kind, shapes in SHAPES.items() for shape in shapes] + [time_projection()]
-    for record in records:
-        print(record)
-    run = provenance(Path(__file__), torch.cuda.get_device_name())
-    write_json(arguments.output, run | {"seed": 0, "records": records})
-    return 0
+    records = []
+    for record in all_records(arguments.tune, "cuda"):
+        print(record, flush=True)
+        records.append(record)
+        # what was measured is kept when a later case is cut off
+        run = provenance(Path(__file__), torch.cuda.get_device_name())
+        write_json(arguments.output, run | {"seed": 0, "records": records})
+    wrong = sum(map(is_wrong, records))
+    print(f"{len(records)} records, {wrong} of our results failed or are wrong; wrote {arguments.output}")
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

@@ -17,13 +17,13 @@ from functools import partial
 from pathlib import Path
 
 import triton
-from ahead_of_time import TARGETS, inspect, source_of
+from ahead_of_time import SHARED_LIMIT, TARGETS, inspect, source_of
 from provenance import provenance, write_json
 from traffic import CHIPS, Shape, decode_traffic, forward_traffic
 from variants import DTYPES, HEAD_DIMS, Variant, all_variants, attention_tensors, one_variant_a_kernel
 from xcllama_kernels.decode import plan_decode
 from xcllama_kernels.forward import plan_forward
-from xcllama_kernels.launch import INTERPRETED
+from xcllama_kernels.launch import INTERPRETED, Launch
 
 CACHE = Path.home() / ".cache" / "xcllama" / "kernels_inspect.jsonl"
 WITHOUT_PRODUCTS = ("combine_kernel", "inverse_rms_kernel")
@@ -34,8 +34,9 @@ def problems(record: dict) -> list[str]:
     found = []
     if record["spill_bytes"]:
         found.append(f"spills {record['spill_bytes']} bytes")
-    if record["shared_bytes"] > record["shared_limit"]:
-        found.append(f"needs {record['shared_bytes']} bytes of shared memory, the limit is {record['shared_limit']}")
+    limit = SHARED_LIMIT[record["target"]]
+    if record["shared_bytes"] > limit:
+        found.append(f"needs {record['shared_bytes']} bytes of shared memory, the limit is {limit}")
     if record["dtype"] != "fp32" and record["kernel"] not in WITHOUT_PRODUCTS:
         kinds = record["tensor_core_instructions_in_loops"]
         if not kinds:
@@ -49,38 +50,31 @@ def problems(record: dict) -> list[str]:
     return found
 
 
-def inspect_cached(variant: Variant, target: str, cache: Path) -> dict[str, object]:
-    """One record of the results, from the lines of `cache` where the same code was compiled for the same variant."""
-    code = source_of(variant.launch).hash()
-    identity = [code, target, variant.launch.options(), variant.traffic.requested, triton.__version__]
+def inspect_cached(launch: Launch, target: str, cache: Path) -> dict[str, object]:
+    """What `inspect` says, from the lines of `cache` where the same code was compiled for the same chip before."""
+    identity = [source_of(launch).hash(), target, launch.options(), triton.__version__]
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
     if cache.exists():
         for line in cache.read_text().splitlines():
             if line.startswith(key):
                 return json.loads(line.partition(" ")[2])
-    record = inspect_variant(variant, target)
+    record = inspect(launch, target)
     cache.parent.mkdir(parents=True, exist_ok=True)
     with cache.open("a") as file:
         file.write(f"{key} {json.dumps(record)}\n")
     return record
 
 
-def inspect_variant(variant: Variant, target: str) -> dict[str, object]:
-    """One record of the results."""
-    config = variant.launch.config
-    record = {
+def describe(variant: Variant, target: str) -> dict[str, object]:
+    """What is known of a variant without compiling it."""
+    traffic = variant.traffic
+    return {
         "kernel": variant.kernel, "target": target, "dtype": variant.dtype, "bits": variant.bits,
-        "head_dim": variant.head_dim, "shape": variant.shape, "config": vars(config), "grid": variant.launch.grid,
+        "head_dim": variant.head_dim, "shape": variant.shape, "config": vars(variant.launch.config),
+        "grid": list(variant.launch.grid), "bytes_required": traffic.required, "bytes_requested": traffic.requested,
+        "operations": traffic.operations,
+        "roofline_us": {chip: traffic.roofline_us(chip, variant.dtype != "fp32") for chip in CHIPS},
     }  # fmt: skip
-    record |= inspect(variant.launch, target)
-    tensor_cores = variant.dtype != "fp32"
-    record |= {
-        "bytes_required": variant.traffic.required,
-        "bytes_requested": variant.traffic.requested,
-        "operations": variant.traffic.operations,
-        "roofline_us": {chip: variant.traffic.roofline_us(chip, tensor_cores) for chip in CHIPS},
-    }
-    return record | {"problems": problems(record)}
 
 
 def inspect_part(part: tuple[str, str], one_a_kernel: bool, head_dims: list[int], cache: Path) -> list[dict]:
@@ -90,10 +84,10 @@ def inspect_part(part: tuple[str, str], one_a_kernel: bool, head_dims: list[int]
     for variant in (one_variant_a_kernel if one_a_kernel else all_variants)(TARGETS[target], dtype):
         if variant.head_dim is not None and variant.head_dim not in head_dims:
             continue
-        records.append(inspect_cached(variant, target, cache))
-        if records[-1]["problems"]:
+        records.append(describe(variant, target) | inspect_cached(variant.launch, target, cache))
+        if found := problems(records[-1]):
             print(*(records[-1][name] for name in ("target", "kernel", "dtype", "bits", "head_dim")), end=" ")
-            print(list(records[-1]["config"].values()), "; ".join(records[-1]["problems"]), flush=True)
+            print(list(records[-1]["config"].values()), "; ".join(found), flush=True)
     return records
 
 
@@ -138,7 +132,7 @@ def main() -> int:
     with ProcessPoolExecutor(arguments.jobs) as pool:
         run_part = partial(inspect_part, one_a_kernel=one, head_dims=arguments.head_dims, cache=arguments.cache)
         records = [record for part in pool.map(run_part, parts) for record in part]
-    broken = sum(bool(record["problems"]) for record in records)
+    broken = sum(bool(problems(record)) for record in records)
     run = provenance(Path(__file__), "no GPU used")
     run |= {"seconds": round(time.monotonic() - start, 1), "num_kernels": len(records), "broken": broken}
     write_json(arguments.output, run | {"kernels": records, "rooflines": rooflines()})

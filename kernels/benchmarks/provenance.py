@@ -32,10 +32,16 @@ def provenance(script: Path, device: str) -> dict[str, object]:
     }
 
 
+def _text(value: object) -> str:
+    if isinstance(value, list):
+        return "[\n" + ",\n".join(json.dumps(row, separators=(",", ":")) for row in value) + "\n]"
+    return json.dumps(value)
+
+
 def write_json(path: Path, content: dict) -> None:
-    """Write whole or not at all."""
+    """Write whole or not at all; lists have a line a row."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    fields = ",\n".join(f"{json.dumps(name)}: {_text(value)}" for name, value in content.items())
     with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".json", delete=False) as file:
-        json.dump(content, file, indent=1)
-        file.write("\n")
+        file.write("{\n" + fields + "\n}\n")
     os.replace(file.name, path)

@@ -17,12 +17,15 @@ from traffic import (
 )
 from xcllama_kernels import configs
 from xcllama_kernels.backward import plan_backward
-from xcllama_kernels.decode import plan_decode, rows_a_tile
+from xcllama_kernels.decode import plan_decode
 from xcllama_kernels.forward import plan_forward
 from xcllama_kernels.launch import Launch, Quantization, Target
 from xcllama_kernels.project import plan_projection
+from xcllama_kernels.reference import int4_group
 
-HEAD_DIMS = (64, 128, 256)
+# what is held in tiles of each width: whole heads and, at the end, heads that fill a tile in part
+HEAD_DIMS = (64, 128, 256, 16, 48, 80, 192)
+WHOLE = HEAD_DIMS[:3]
 BITS = (0, 8, 4)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 KERNELS = (
@@ -49,7 +52,7 @@ class Variant:
 
     @property
     def kernel(self) -> str:
-        return self.launch.kernel.__name__
+        return self.launch.name
 
 
 def meta(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -77,35 +80,36 @@ def attention_tensors(shape: Shape, dtype: torch.dtype, bits: int) -> dict[str, 
     }  # fmt: skip
 
 
-def candidates(found: list[configs.Config], name: str) -> list[configs.Config]:
-    """All configurations for bf16, the default one for the other types."""
-    return found if name == "bf16" else found[:1]
+def candidates(found: list[configs.Config], head_dim: int) -> list[configs.Config]:
+    """All configurations for heads that fill their tiles, the default one for the others."""
+    return found if head_dim in WHOLE else found[:1]
 
 
 def forward_variants(target: Target, name: str, bits: int, head_dim: int) -> Iterator[Variant]:
     shape = Shape(8, 8, 4096, 512, 32, 8, head_dim)
     tensors = attention_tensors(shape, DTYPES[name], bits)
-    for config in candidates(configs.forward_configs(target, DTYPES[name], head_dim, bits), name):
+    for config in candidates(configs.forward_configs(target, DTYPES[name], head_dim, bits), head_dim):
         (launch,) = plan_forward(**tensors, target=target, config=config)
         yield Variant(launch, forward_traffic(launch, shape), name, bits, head_dim, vars(shape))
 
 
 def decode_variants(target: Target, name: str, bits: int, head_dim: int) -> Iterator[Variant]:
+    """Every tile height: 4 query heads of as many rows that share a context, a context for each 4, 8, ... of 32 rows;
+    and one row alone, whose context is split."""
     dtype = DTYPES[name]
     most = configs.decode_rows(dtype, head_dim)
-    # requests with a context each, as many that share one as fit into a tile, and one alone
-    apart, shared, alone = (8, 8, 4096), (most // 4, 1, 8192), (1, 1, 16384)
-    shapes = [apart, *([shared] if name == "bf16" else []), *([alone] if bits == 0 else [])]
-    for batch, contexts, context_len in shapes:
-        shape = Shape(batch, contexts, context_len, 1, 32, 8, head_dim)
+    heights = [16 << step for step in range(4) if 16 << step <= most]
+    for block_m in heights if head_dim in WHOLE else (16, most):
+        shape = Shape(32, 128 // block_m, 8192, 1, 32, 8, head_dim)
         tensors = attention_tensors(shape, dtype, bits)
-        block_m = rows_a_tile(batch, contexts, 1, 4, most)
-        found = candidates(configs.decode_configs(target, dtype, head_dim, bits, block_m), name)
-        for config in found if contexts == 8 else found[:1]:
+        for config in candidates(configs.decode_configs(target, dtype, head_dim, bits, block_m), head_dim):
             launches = plan_decode(**tensors, target=target, config=config)
             yield Variant(launches[0], decode_traffic(launches, shape), name, bits, head_dim, vars(shape))
-            if (batch, contexts, context_len) == alone:
-                yield Variant(launches[1], combine_traffic(launches, shape), name, bits, head_dim, vars(shape))
+    shape = Shape(1, 1, 16384, 1, 32, 8, head_dim)
+    launches = plan_decode(**attention_tensors(shape, dtype, bits), target=target)
+    yield Variant(launches[0], decode_traffic(launches, shape), name, bits, head_dim, vars(shape))
+    if bits == 0:
+        yield Variant(launches[1], combine_traffic(launches, shape), name, bits, head_dim, vars(shape))
 
 
 def backward_variants(target: Target, name: str, head_dim: int) -> Iterator[Variant]:
@@ -114,8 +118,8 @@ def backward_variants(target: Target, name: str, head_dim: int) -> Iterator[Vari
     del tensors["quantization"]
     tensors |= {"grad_output": tensors["query"], "grad_lse": None}
     gradients = (tensors["query"], tensors["key"], tensors["value"])
-    by_query = candidates(configs.query_gradient_configs(target, DTYPES[name], head_dim), name)
-    by_context = candidates(configs.context_gradient_configs(target, DTYPES[name], head_dim), name)
+    by_query = candidates(configs.query_gradient_configs(target, DTYPES[name], head_dim), head_dim)
+    by_context = candidates(configs.context_gradient_configs(target, DTYPES[name], head_dim), head_dim)
     for config in by_query:
         launch = plan_backward(**tensors, gradients=gradients, target=target, configs=(config, by_context[0]))[0]
         yield Variant(launch, query_gradient_traffic(launch, shape), name, 0, head_dim, vars(shape))
@@ -133,7 +137,7 @@ def projection_variants(target: Target, name: str, bits: int) -> Iterator[Varian
     weight, norm_weight = meta(columns, 64 * heads, dtype=dtype), meta(64 * heads, dtype=dtype)
     output = meta(num_tokens, columns, dtype=dtype)
     shape = {"num_tokens": num_tokens, "width": 64 * heads, "columns": columns}
-    for number, config in enumerate(candidates(configs.projection_configs(target, dtype, bits), name)):
+    for number, config in enumerate(configs.projection_configs(target, dtype, bits)):
         launches = plan_projection(
             states, scale, zero, weight, None, norm_weight, 1e-5, output, target=target, config=config
         )
@@ -142,14 +146,13 @@ def projection_variants(target: Target, name: str, bits: int) -> Iterator[Varian
 
 
 def all_variants(target: Target, name: str) -> Iterator[Variant]:
-    """Every kernel in each format and head size: in bf16 every configuration, otherwise the default ones.
-
-    fp16 takes the configurations and, but for the type of the products, the code of bf16; fp32 has one of each.
-    """
-    for head_dim in HEAD_DIMS:
+    """Every kernel in each format, head size and configuration; heads that fill a tile in part in bf16 and fp32 only
+    (fp16 takes the configurations of bf16 and, but for the type of the products, its code)."""
+    for head_dim in WHOLE if name == "fp16" else HEAD_DIMS:
         for bits in BITS:
-            yield from forward_variants(target, name, bits, head_dim)
-            yield from decode_variants(target, name, bits, head_dim)
+            if bits != 4 or head_dim % int4_group(head_dim) == 0:
+                yield from forward_variants(target, name, bits, head_dim)
+                yield from decode_variants(target, name, bits, head_dim)
         yield from backward_variants(target, name, head_dim)
     for bits in BITS[1:]:
         yield from projection_variants(target, name, bits)

@@ -51,7 +51,7 @@ def query_gradient_kernel(
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     valid = rows < query_len * GROUP
     position = (rows // GROUP).to(tl.int64)
-    query_head = head * GROUP + rows % GROUP
+    query_head = (head * GROUP + rows % GROUP).to(tl.int64)
 
     query_rows = batch * stride_query_batch + position * stride_query_token + query_head * stride_query_head
     states = load_rows(query, query_rows, valid, HEAD_DIM, BLOCK_D)
@@ -102,7 +102,8 @@ def context_gradient_kernel(
         num_heads = num_kv_heads * GROUP
         start, end = context_bounds(offsets, context, num_contexts, num_tokens)
         tokens = start + (tl.program_id(0) - tl.load(tile_offsets + context)) * BLOCK_N + tl.arange(0, BLOCK_N)
-        inside = tokens < end
+        # the tile of offsets that decrease (unchecked in a CUDA graph) may lie before the context
+        inside = (tokens >= start) & (tokens < end)
         token_rows = tokens.to(tl.int64)
         key_rows = token_rows * stride_key_token + head.to(tl.int64) * stride_key_head
         value_rows = token_rows * stride_value_token + head.to(tl.int64) * stride_value_head
@@ -119,7 +120,7 @@ def context_gradient_kernel(
             valid = rows < num_packed
             batch = tl.load(order + first_row + rows // (query_len * GROUP), mask=valid, other=0).to(tl.int64)
             position = (rows // GROUP % query_len).to(tl.int64)
-            query_head = head * GROUP + rows % GROUP
+            query_head = (head * GROUP + rows % GROUP).to(tl.int64)
             query_rows = batch * stride_query_batch + position * stride_query_token + query_head * stride_query_head
             states = load_rows(query, query_rows, valid, HEAD_DIM, BLOCK_D)
             grad_rows = batch * stride_grad_batch + position * stride_grad_token + query_head * stride_grad_head

@@ -38,7 +38,8 @@ def _check_device(named: dict[str, Tensor | None]) -> None:
 def _check_states(name: str, data: Tensor, scale: Tensor | None, zero: Tensor | None, dtype: torch.dtype) -> int:
     """Check one of the three formats and return the number of channels of a head."""
     _require(data.dim() == 3, f"`{name}` must be [num_tokens, heads, dim]", tuple(data.shape))
-    _require(data.shape[0] < 2**31, f"`{name}` must have fewer than 2**31 tokens", data.shape[0])
+    # token numbers are 32-bit, and the last tile may pass the end
+    _require(data.shape[0] <= 2**30, f"`{name}` must have at most 2**30 tokens", data.shape[0])
     if scale is None:
         _require(zero is None, f"`{name}_zero` needs `{name}_scale`", "no scale")
         _require(data.dtype == dtype, f"`{name}` must have the dtype of `query` ({dtype})", data.dtype)
@@ -87,6 +88,8 @@ def check_attention_shapes(
         f"num_heads must be a multiple of num_kv_heads ({num_kv_heads})",
         num_heads,
     )
+    # the second dimension of a grid
+    _require(num_kv_heads < 2**16, "num_kv_heads must be less than 65536", num_kv_heads)
     _require(
         offsets.dim() == 1 and offsets.shape[0] >= 2, "`offsets` must be [num_contexts + 1]", tuple(offsets.shape)
     )

@@ -14,35 +14,39 @@ def _size(head_dim: int) -> int:
     return 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256
 
 
-def _is_ampere(target: Target) -> bool:
-    return target.backend == "cuda" and int(target.arch) < 90
+def family(target: Target) -> str:
+    """Chips that share configurations: "cdna", "ampere", "hopper" or "blackwell"."""
+    if target.backend == "hip":
+        return "cdna"
+    # consumer Blackwell has the instructions and the shared memory of Ampere
+    return "ampere" if target.arch < 90 or target.arch >= 120 else "hopper" if target.arch < 100 else "blackwell"
 
 
 def forward_configs(target: Target, dtype: torch.dtype, head_dim: int, bits: int) -> list[Config]:
     """Candidates of `forward_kernel`."""
-    size = _size(head_dim)
+    size, chip = _size(head_dim), family(target)
     if dtype == torch.float32:
-        warps = 4 if target.backend == "hip" else 8
+        warps = 4 if chip == "cdna" else 8
         return [{64: Config(64, 16, 8, 1), 128: Config(16, 32, 4, 1), 256: Config(16, 16, warps, 1)}[size]]
-    if target.backend == "hip":
+    if chip == "cdna":
         return {
             64: [Config(128, 64, 4, 2), Config(64, 64, 4, 2)],
             128: [Config(128, 64, 4, 1), Config(64, 64, 4, 1)],
             256: [Config(64, 32, 4, 1)],
         }[size]
-    if size == 256 and target.arch != 100 and (bits == 4 or (bits and _is_ampere(target))):
+    if size == 256 and chip != "blackwell" and (bits == 4 or (bits and chip == "ampere")):
         return [Config(32, 32, 4, 1)]
-    if bits and _is_ampere(target):
+    if bits and chip == "ampere":
         return [Config(64, 32, 4, 2)]
     if size == 64:
         if bits:
-            return [Config(128, 64, 8, 2 if target.arch == 100 else 3)]
+            return [Config(128, 64, 8, 2 if chip == "blackwell" else 3)]
         return [Config(128, 64, 8, 3), Config(64, 32, 4, 3)]
     if size == 128:
-        if _is_ampere(target):
+        if chip == "ampere":
             return [Config(128, 32, 8, 3), Config(64, 32, 4, 2)]
         return [Config(128, 64, 8, 2), Config(64, 64, 4, 2)]
-    return [Config(64, 32, 8, 2)] if _is_ampere(target) else [Config(64, 32, 8, 1)]
+    return [Config(64, 32, 8, 2)] if chip == "ampere" else [Config(64, 32, 8, 1)]
 
 
 def decode_rows(dtype: torch.dtype, head_dim: int) -> int:
@@ -52,42 +56,42 @@ def decode_rows(dtype: torch.dtype, head_dim: int) -> int:
 
 def decode_configs(target: Target, dtype: torch.dtype, head_dim: int, bits: int, block_m: int) -> list[Config]:
     """Candidates of `decode_kernel` for `block_m` rows."""
-    size = _size(head_dim)
+    size, chip = _size(head_dim), family(target)
     warps = 8 if block_m == 128 else 4
     if dtype == torch.float32:
-        wide = block_m > 16 or (size == 256 and bits == 4 and target.arch == 90)
+        wide = block_m > 16 or (size == 256 and bits == 4 and chip == "hopper")
         return [Config(block_m, 32, 4, 1) if size == 64 else Config(block_m, 16, 8 if wide else 4, 1)]
-    if target.backend == "hip":
+    if chip == "cdna":
         return [Config(block_m, 64 if size < 256 and block_m < 128 else 32, 4, 2 if size < 256 else 1)]
     if size == 256 and bits:
-        return [Config(block_m, 16, 8 if block_m >= 64 and target.arch != 100 else 4, 1)]
-    if size == 256 or (bits and (size == 128 or _is_ampere(target)) and target.arch != 90):
+        return [Config(block_m, 16, 8 if block_m >= 64 and chip != "blackwell" else 4, 1)]
+    if size == 256 or (bits and (size == 128 or chip == "ampere") and chip != "hopper"):
         return [Config(block_m, 32, 8 if block_m >= 64 else 4, 2)]
     return [Config(block_m, 64, warps, 3), Config(block_m, 32, warps, 4)]
 
 
 def query_gradient_configs(target: Target, dtype: torch.dtype, head_dim: int) -> list[Config]:
     """Candidates of `query_gradient_kernel`."""
-    size = _size(head_dim)
+    size, chip = _size(head_dim), family(target)
     if dtype == torch.float32:
         return [Config(32, 16, 4, 1) if size == 64 else Config(16, 16, 8, 1)]
-    if target.backend == "hip":
+    if chip == "cdna":
         return {64: [Config(64, 64, 4, 1)], 128: [Config(64, 32, 4, 1)], 256: [Config(32, 32, 4, 1)]}[size]
     if size == 64:
         return [Config(64, 64, 4, 2), Config(128, 64, 8, 2)]
     if size == 128:
-        return [Config(64, 32, 4, 2)] if _is_ampere(target) else [Config(64, 64, 4, 2), Config(64, 32, 4, 2)]
-    return [Config(64, 32, 8, 1)] if _is_ampere(target) else [Config(32, 32, 4, 1)]
+        return [Config(64, 32, 4, 2)] if chip == "ampere" else [Config(64, 64, 4, 2), Config(64, 32, 4, 2)]
+    return [Config(64, 32, 8, 1)] if chip == "ampere" else [Config(32, 32, 4, 1)]
 
 
 def context_gradient_configs(target: Target, dtype: torch.dtype, head_dim: int) -> list[Config]:
     """Candidates of `context_gradient_kernel`; `block_n` tokens are held, `block_m` query rows stream past."""
-    size = _size(head_dim)
+    size, chip = _size(head_dim), family(target)
     if dtype == torch.float32:
         # gfx942 has twice the registers a thread in programs of four warps
-        many_registers = size == 256 and target.backend == "hip"
+        many_registers = size == 256 and chip == "cdna"
         return [Config(16, 32, 4, 1) if size == 64 else Config(16, 16, 4 if many_registers else 8, 1)]
-    if target.backend == "hip":
+    if chip == "cdna":
         return {64: [Config(64, 64, 4, 1)], 128: [Config(32, 64, 4, 1)], 256: [Config(32, 32, 4, 1)]}[size]
     if size == 64:
         return [Config(64, 64, 4, 2), Config(32, 64, 4, 2)]
@@ -100,6 +104,6 @@ def projection_configs(target: Target, dtype: torch.dtype, bits: int) -> list[Co
     """Candidates of `project_kernel`."""
     if dtype == torch.float32:
         return [Config(32, 32, 8, 1)]
-    if target.backend == "hip":
+    if family(target) == "cdna":
         return [Config(128, 64, 4, 2), Config(64, 64, 4, 2)]
     return [Config(128, 128, 8, 3), Config(128, 64, 4, 3)]

@@ -73,7 +73,7 @@ def decode_kernel(
     if (rank % ROWS == 0) & ((first < end) | (split == 0)):
         valid = slots < num_mates
         position = rows // GROUP % query_len
-        query_head = head * GROUP + rows % GROUP
+        query_head = (head * GROUP + rows % GROUP).to(tl.int64)
         query_rows = mates.to(tl.int64) * stride_query_batch + position.to(tl.int64) * stride_query_token
         query_rows += query_head * stride_query_head
         low, high, total = attend_context(

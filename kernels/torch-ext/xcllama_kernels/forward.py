@@ -33,7 +33,7 @@ def forward_kernel(
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     valid = rows < query_len * GROUP
     position = rows // GROUP
-    query_head = head * GROUP + rows % GROUP
+    query_head = (head * GROUP + rows % GROUP).to(tl.int64)
     query_rows = position.to(tl.int64) * stride_query_token + query_head * stride_query_head
     low, high, total = attend_context(
         query + batch.to(tl.int64) * stride_query_batch, query_rows, valid,

@@ -52,12 +52,16 @@ class Launch:
     config: Config
     constants: dict[str, object] = field(default_factory=dict)
 
+    @property
+    def name(self) -> str:
+        """Name of the kernel."""
+        return self.kernel.fn.__name__
+
     def run(self) -> None:
         """Launch the kernel on the device that holds its tensors; an empty grid is nothing to do."""
         if 0 in self.grid:
             return
-        name = getattr(self.kernel, "__name__", None) or self.kernel.fn.__name__
-        launch_counts[name] += 1
+        launch_counts[self.name] += 1
         tensor = next(value for value in self.arguments.values() if isinstance(value, Tensor))
         # triton launches on the current device, whichever holds the tensors
         with torch.cuda.device_of(tensor):
