@@ -118,6 +118,22 @@ def test_chips_share_configurations():
     assert family(Target("hip", "gfx942", 1)) == "cdna"
 
 
+@pytest.mark.parametrize("index", [-1, 0, 2**30])
+def test_unchecked_indices_stay_within_the_tensors(index):
+    """A CUDA graph replays whatever its indices hold: the kernels clamp them."""
+    case = random_case([40, 30], [0, 0, 0], 1, 4, 1, 32)
+    context_index = torch.full((3,), index, dtype=torch.int32)
+    around = torch.zeros(9, *case.query.shape[1:])
+    inputs = (*case.arguments[:3], Quantization(), case.offsets, context_index)
+    for launch in plan_decode(*inputs, around[3:6], torch.empty(3, 4, 1), 32**-0.5, num_splits=1):
+        launch.run()
+    assert (around[:3] == 0).all()
+    assert (around[6:] == 0).all()
+    clamped = torch.full((3,), min(max(index, 0), 1), dtype=torch.int32)
+    expected, _ = cross_attention_reference(*case.arguments[:4], clamped)
+    assert relative_error(around[3:6], expected) < 1e-5
+
+
 def test_eight_thousand_tokens():
     check(random_case([8192], [0, 0], 1, 2, 1, 32), "decode_kernel")
     check(random_case([8192], [0], 65, 1, 1, 32, torch.float16), "forward_kernel")

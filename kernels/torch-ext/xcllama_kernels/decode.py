@@ -28,14 +28,16 @@ def tile_mates(
     rank = 0
     for first in range(0, leader, BLOCK_B):
         others = first + tl.arange(0, BLOCK_B)
-        same = tl.load(context_index + others, mask=others < leader, other=-1) == context
+        inside = others < leader
+        same = inside & (tl.load(context_index + others, mask=inside, other=0) == context)
         rank += tl.sum(same.to(tl.int32), 0)
     found = 0
     mates = tl.zeros([BLOCK_M], tl.int32)
     if rank % ROWS == 0:
         for first in range(leader, batch, BLOCK_B):
             others = first + tl.arange(0, BLOCK_B)
-            same = (tl.load(context_index + others, mask=others < batch, other=-1) == context).to(tl.int32)
+            inside = others < batch
+            same = (inside & (tl.load(context_index + others, mask=inside, other=0) == context)).to(tl.int32)
             place = found + tl.cumsum(same, 0) - 1
             hit = (same > 0)[:, None] & (place[:, None] == slots[None, :])
             mates += tl.sum(tl.where(hit, others[:, None], 0), 0)
