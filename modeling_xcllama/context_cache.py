@@ -1,9 +1,4 @@
-"""ContextCache: encoded documents as packed, immutable tensors that are saved, verified, quantized and combined.
-
-A file is one safetensors file: the states ("hidden", or "key" and "value" when condensed; a quantized state adds
-"<name>.scale" and "<name>.zero"), "offsets", "token_ids", "rows" and "row_offsets" (documents of each row, back
-to back), and a header with format, version, layout, dtype, fingerprint and checksum. It is mapped, not copied.
-"""
+"""ContextCache: encoded documents as packed, immutable tensors that are saved, verified, quantized and combined."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -217,7 +212,7 @@ class ContextCache:
 
     def compact(self) -> "ContextCache":
         """A cache that stores only the documents its rows read; itself if that is all of them."""
-        used = list(dict.fromkeys(document for row in self.rows for document in row))
+        used = sorted({document for row in self.rows for document in row})
         if used == list(range(len(self.offsets) - 1)):
             return self
         spans = [(self.offsets[document], self.offsets[document + 1]) for document in used]
@@ -286,6 +281,7 @@ class ProjectedContext:
         keys, values: one entry a projection, `[num_tokens, kv_heads, head_dim]`, tensors or `QuantizedTensor`s.
         rows: which tokens each row reads (`ContextRows`).
         cache: the cache they came from.
+        projections: the model's modules that made them; another model refuses them.
         assistant: what assisted decoding drafts from: the draft model's own context, a `ContextLookup`, or None.
     """
 
@@ -293,6 +289,7 @@ class ProjectedContext:
     values: tuple
     rows: object
     cache: ContextCache
+    projections: object
     assistant: object = None
 
     def __len__(self) -> int:
@@ -323,14 +320,10 @@ class ProjectedContext:
         index = tuple(self.rows.context_index[int(row)] for row in indices)
         return replace(self, rows=replace(self.rows, context_index=index), cache=cache)
 
-    def to(
-        self, device: torch.device | str, dtype: torch.dtype | None = None, non_blocking: bool = False
-    ) -> "ProjectedContext":
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "ProjectedContext":
         """The keys and values on `device`."""
 
         def move(states: tuple) -> tuple:
-            return tuple(
-                map_state(s, lambda t: t.to(device=device, dtype=dtype, non_blocking=non_blocking)) for s in states
-            )
+            return tuple(map_state(s, lambda t: t.to(device, non_blocking=non_blocking)) for s in states)
 
         return replace(self, keys=move(self.keys), values=move(self.values))

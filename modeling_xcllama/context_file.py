@@ -1,8 +1,9 @@
 """The file of a context cache: written atomically, checked on the way in, mapped and never unpickled.
 
 One safetensors file holds the states ("hidden", or "key" and "value"; a quantized state adds "<name>.scale" and
-"<name>.zero"), "offsets", "token_ids", "rows" and "row_offsets", and a header with format, version, layout, dtype,
-fingerprint and checksum. Nothing in it is trusted: whatever does not fit is a ValueError.
+"<name>.zero"), "offsets", "token_ids", "rows" and "row_offsets" (documents of each row, back to back), and a header
+with format, version, layout, dtype, fingerprint and checksum. Nothing in it is trusted: whatever does not fit is a
+ValueError.
 """
 
 import hashlib

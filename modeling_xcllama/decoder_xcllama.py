@@ -220,7 +220,11 @@ class XCLlamaModel(XCLlamaPreTrainedModel, LlamaModel):
                 f"the context has {len(context_cache)} rows and the batch {batch}: row i reads context i; "
                 "use `cache.select([...])` to name a context for each row, or `cache.join([...])`."
             )
-        return self.project_context(context_cache) if hasattr(context_cache, "states") else context_cache
+        if hasattr(context_cache, "states"):
+            return self.project_context(context_cache)
+        if context_cache.projections is not self.context_projections:
+            raise ValueError("another model projected these keys and values: pass the cache that they came from.")
+        return context_cache
 
     def encode_batch(self, ids: Tensor, mask: Tensor) -> Tensor:
         """States `[num_contexts, length, width]` of right-padded ids."""
@@ -319,7 +323,7 @@ class XCLlamaModel(XCLlamaPreTrainedModel, LlamaModel):
                 key, value = by_head(key), by_head(value)
             keys.append(key)
             values.append(value)
-        return ProjectedContext(tuple(keys), tuple(values), plan.rows, cache)
+        return ProjectedContext(tuple(keys), tuple(values), plan.rows, cache, self.context_projections)
 
     def check_cache(self, cache: ContextCache) -> None:
         """Raise a ValueError that says why, if this model cannot read `cache`."""

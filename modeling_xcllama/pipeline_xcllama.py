@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, Pipeline
 
-from .context_cache import ContextCache
+from .context_cache import ContextCache, ProjectedContext
 from .evidence import find_evidence
 
 TASK = "context-question-answering"
@@ -26,7 +26,7 @@ class ContextQuestionAnsweringPipeline(Pipeline):
         self,
         questions: str | Sequence[str],
         contexts: str | Sequence[str | Sequence[str]] | None = None,
-        context_cache: ContextCache | None = None,
+        context_cache: ContextCache | ProjectedContext | None = None,
         **kwargs,
     ) -> dict:
         """Answer `questions`.
@@ -35,21 +35,27 @@ class ContextQuestionAnsweringPipeline(Pipeline):
             questions: one or several.
             contexts: one text that all questions read; or, for each question, a text or several.
             context_cache: instead of `contexts`: row i for question i, or one row that all questions read.
-            kwargs: `num_evidence` (spans of the contexts to return with each answer, needs `contexts`), or anything
-                that `generate` takes.
+            kwargs: `num_evidence` (spans of the contexts to return with each answer, needs `contexts` and a fast
+                tokenizer), or anything that `generate` takes.
 
         Returns:
             "answers": for each question a dict of "answer", "score" (geometric mean of the probabilities of its
             tokens) and, if asked for, "evidence"; "cache": row i is what question i read, to be passed back in.
 
         Raises:
-            ValueError: not exactly one of `contexts` and `context_cache`, or counts that differ.
+            ValueError: not exactly one of `contexts` and `context_cache`, no text in `contexts`, counts that differ,
+                or evidence that cannot be found.
         """
         questions = [questions] if isinstance(questions, str) else list(questions)
         if (contexts is None) == (context_cache is None):
             raise ValueError("give exactly one of `contexts` and `context_cache`.")
-        if kwargs.get("num_evidence") and contexts is None:
-            raise ValueError("`num_evidence` needs the texts: pass `contexts`.")
+        if kwargs.get("num_evidence", self._postprocess_params.get("num_evidence")):
+            if contexts is None:
+                raise ValueError("`num_evidence` needs the texts: pass `contexts`.")
+            if not self.processor.context_tokenizer.is_fast:
+                raise ValueError(
+                    "`num_evidence` needs a fast tokenizer: a slow one knows no characters of its tokens."
+                )
         shared = isinstance(contexts, str)
         given = [contexts] if shared else contexts
         num_rows = len(context_cache if contexts is None else given)
@@ -72,12 +78,12 @@ class ContextQuestionAnsweringPipeline(Pipeline):
             return encoded
         groups = [[group] if isinstance(group, str) else list(group) for group in contexts]
         texts = list(dict.fromkeys(text for group in groups for text in group))
+        if not texts:
+            raise ValueError("`contexts` has no text for any question; `generate` answers without a context.")
         encoded["texts"] = texts
         encoded["groups"] = [[texts.index(text) for text in group] for group in groups]
-        if texts:
-            offsets = {"return_offsets_mapping": self.processor.context_tokenizer.is_fast}
-            encoded |= dict(self.processor(contexts=texts, return_tensors="pt", **offsets))
-        return encoded
+        offsets = {"return_offsets_mapping": self.processor.context_tokenizer.is_fast}
+        return encoded | dict(self.processor(contexts=texts, return_tensors="pt", **offsets))
 
     def _forward(self, model_inputs: dict, generate_kwargs: dict | None = None) -> dict:
         cache = model_inputs["context_cache"]
@@ -87,7 +93,7 @@ class ContextQuestionAnsweringPipeline(Pipeline):
             encoding = model_inputs["context_input_ids"], model_inputs["context_attention_mask"]
             cache = self.model.encode_context(*encoding).join(model_inputs["groups"])
         cache = cache if len(cache) == batch else cache.select([0] * batch)
-        projected = self.model.project_context(cache)
+        projected = self.model.model.resolve_context(cache, None, None, batch)
         options = self._prepare_generate_kwargs(
             generate_kwargs or {}, return_dict_in_generate=True, output_scores=True
         )

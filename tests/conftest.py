@@ -84,7 +84,7 @@ def make_sharp_llama() -> Callable[..., LlamaForCausalLM]:
 
     def make(seed: int = 0, **fields) -> LlamaForCausalLM:
         base = tiny_llama(seed, **({"max_position_embeddings": 512, "eos_token_id": None} | fields))
-        scale(base.parameters(), 5)
+        scale(base.parameters(), 15)
         return base
 
     return make

@@ -6,7 +6,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from modeling_xcllama import XCLlamaForCausalLM
 
-# config.json of each on the Hub, without what the number of layers and the weights' type say
+# config.json of each on the Hub, without what the number of layers and the weights' type say; compared with copies
+# in public repositories on 2026-11-25
 PUBLISHED = {
     "meta-llama/Llama-2-7b-hf": {
         "model_type": "llama",

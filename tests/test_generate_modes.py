@@ -66,7 +66,8 @@ def test_greedy_batch(model):
     cache, questions, attention = contexts(model)
     expected = expected_rows(model, cache, questions, attention)
     assert generate(model, questions, attention, context_cache=cache) == expected
-    # the comparison means something only if the context decides what is written
+    # the comparison means something only if the context and what was written decide what is written
+    assert all(len(set(row)) > NEW_TOKENS // 2 for row in expected)
     assert generate(model, questions, attention) != expected
     assert generate(model, questions, attention, context_cache=cache.select([1, 0])) != expected
 
@@ -89,6 +90,16 @@ def test_row_without_a_context(model):
     assert got == expected_rows(model, joined, questions, attention)
     bare = plain_loop(model, questions[1], None)
     assert got[1] == bare
+
+
+def test_rows_that_end_at_different_steps(model):
+    """A row that has ended is padded, the others go on."""
+    cache, questions, attention = contexts(model)
+    expected = expected_rows(model, cache, questions, attention)
+    end = next(token for token in expected[0][2:-2] if token not in expected[1])
+    length = expected[0].index(end) + 1
+    got = generate(model, questions, attention, context_cache=cache, eos_token_id=end, pad_token_id=0)
+    assert got == [expected[0][:length] + [0] * (NEW_TOKENS - length), expected[1]]
 
 
 @torch.no_grad()

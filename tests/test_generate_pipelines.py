@@ -67,7 +67,7 @@ def test_answers_and_scores(model, processor, answering):
     questions = ["what is the capital ?", "where is the river Tiber ?", "who is Rome ?"]
     groups = [FRANCE, [ITALY], [FRANCE, ITALY]]
     result = answering(questions, contexts=groups)
-    assert len(result["cache"]) == 3
+    assert len(result["cache"]) == len({answer["answer"] for answer in result["answers"]}) == 3
     for question, texts, answer in zip(questions, groups, result["answers"], strict=True):
         texts = [texts] if isinstance(texts, str) else texts
         text, score = expected_answer(model, processor, question, texts)
@@ -80,6 +80,8 @@ def test_answers_and_scores(model, processor, answering):
     shared = answering(questions, contexts=FRANCE)
     assert [a["answer"] for a in one["answers"]] == [a["answer"] for a in shared["answers"]]
     assert one["answers"] != result["answers"]
+    # keys and values that are kept over requests
+    assert answering(questions, context_cache=model.project_context(result["cache"])) == result
 
 
 def test_equal_texts_are_encoded_once(answering):
@@ -104,12 +106,19 @@ def test_pipeline_errors(answering):
         ({"contexts": [FRANCE] * 3}, "2 questions need as many contexts"),
         ({"contexts": [FRANCE]}, "2 questions need as many contexts"),
         ({"contexts": FRANCE, "num_return_sequences": 2, "num_beams": 2}, "one answer a question"),
+        ({"contexts": [[], []]}, "no text for any question"),
     ]:
         with pytest.raises(ValueError, match=message):
             answering(["what is ?", "who is ?"], **options)
     cache = answering("who is ?", contexts=FRANCE)["cache"]
     with pytest.raises(ValueError, match="needs the texts"):
         answering("who is ?", context_cache=cache, num_evidence=1)
+    always = ContextQuestionAnsweringPipeline(
+        model=answering.model, processor=answering.processor, max_new_tokens=2, num_evidence=1
+    )
+    assert always("who is ?", contexts=FRANCE)["answers"][0]["evidence"]
+    with pytest.raises(ValueError, match="needs the texts"):
+        always("who is ?", context_cache=cache)
 
 
 def test_text_generation_pipeline(model, processor):

@@ -68,6 +68,16 @@ def test_a_projected_context_is_never_projected_again(model, monkeypatch):
     counter.hook.remove()
 
 
+def test_keys_and_values_of_another_model_are_refused(make_sharp_model, make_sharp_llama):
+    """The same decoder, so the same cache, and other projections of the same shape."""
+    base = make_sharp_llama()
+    model, other = make_sharp_model(base), make_sharp_model(base, seed=5)
+    projected = other.project_context(model.encode_context(random_ids(2, 19)))
+    for call in (model, model.generate):
+        with pytest.raises(ValueError, match="another model projected these keys and values"):
+            call(random_ids(2, 5), context_cache=projected)
+
+
 def test_a_document_that_many_rows_read_is_projected_once(model, monkeypatch):
     cache = model.encode_context(random_ids(2, 19))
     counter = Counter(model, monkeypatch)

@@ -1,6 +1,7 @@
 """README's tables are what the configs and results say."""
 
 import importlib.util
+import re
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,16 @@ def test_bytes_a_token_follow_from_the_configs(renderer):
     # one float16 scale for 64 values, and for int4 a zero beside it
     assert renderer.cache_bytes(small, "int8") == 576 + 2 * 9
     assert renderer.cache_bytes(small, "int4") == 576 / 2 + 4 * 9
+
+
+def test_named_tests_exist():
+    """`file::test` of the table of decoding modes; `::test` alone is of the file named before it."""
+    named = re.findall(r"`(test_\w+\.py)?::(test_\w+)`", (ROOT / "README.md").read_text())
+    assert len(named) > 30
+    file = None
+    for given, function in named:
+        file = given or file
+        assert f"\ndef {function}(" in (ROOT / "tests" / file).read_text(), f"{file}::{function}"
 
 
 def test_unknown_tables_are_named(renderer):

@@ -92,7 +92,7 @@ class Objective(nn.Module):
         if model.cross_rotary_emb is not None:
             pairs = [(rotate_keys(key, rows.offsets, model.cross_rotary_emb), value) for key, value in pairs]
         keys, values = zip(*pairs, strict=True)
-        return ProjectedContext(tuple(keys), tuple(values), rows, None)
+        return ProjectedContext(tuple(keys), tuple(values), rows, None, model.context_projections)
 
     @torch.no_grad()
     def _teacher_logits(self, batch: Batch) -> Tensor:
