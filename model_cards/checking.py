@@ -111,6 +111,19 @@ print(json.dumps({"names": sorted(kernel.__all__) == sorted(xcllama_kernels.__al
 """
 
 
+def clean_python(code: str) -> list[str]:
+    """The command that runs `code` with site-packages and without this repository."""
+    packages = next(path for path in site.getsitepackages() if path.endswith("site-packages"))
+    return [sys.executable, "-S", "-c", PRELUDE.format(packages=packages) + code]
+
+
+def clean_environment(home: str) -> dict[str, str]:
+    """The environment of a process whose home is the empty folder `home`; nothing is asked of the Hub."""
+    environment = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
+    environment |= {"HOME": home, "HF_HOME": f"{home}/hf", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    return environment | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+
+
 def run_clean(code: str, *arguments: str, **variables: str) -> Any:
     """What `code` prints last, as JSON, from a process that sees site-packages and empty caches only.
 
@@ -121,16 +134,10 @@ def run_clean(code: str, *arguments: str, **variables: str) -> Any:
     Raises:
         ValueError: it failed; the message ends with its last line.
     """
-    packages = next(path for path in site.getsitepackages() if path.endswith("site-packages"))
-    prelude = PRELUDE.format(packages=packages)
     with tempfile.TemporaryDirectory() as home:
-        environment = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
-        environment |= {"HOME": home, "HF_HOME": f"{home}/hf", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-        environment |= {"OMP_NUM_THREADS": str(torch.get_num_threads())} | variables
-        done = subprocess.run(
-            [sys.executable, "-S", "-c", prelude + code, *arguments],
-            env=environment, cwd=home, capture_output=True, text=True,
-        )  # fmt: skip
+        environment = clean_environment(home) | variables
+        command = [*clean_python(code), *arguments]
+        done = subprocess.run(command, env=environment, cwd=home, capture_output=True, text=True)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise ValueError(f"{(*arguments, 'the code')[0]} does not run in a clean process: {reason}")

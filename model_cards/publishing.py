@@ -41,7 +41,8 @@ class Release:
         kind: "model" (adapters are models, too), a key of `NAMES`, or "all".
         namespace: owner of the repositories; names are the checkpoints' and `NAMES`.
         repo_id: of the one repository, in place of the namespace.
-        checkpoint: of the model, and what encodes the corpus; None: all of checkpoints/, and `CHECKPOINT`.
+        checkpoint: of the model, and what encodes the corpus and answers in the Space; None: all of checkpoints/, and
+            `CHECKPOINT`.
         base, original: of a model, see `assemble_model`.
         build: of the data set, see `assemble_dataset`.
         corpus: passages or store of the context cache, see `assemble_context`.
@@ -55,7 +56,7 @@ class Release:
     checkpoint: Path | None = None
     base: str | None = None
     original: str | None = None
-    build: Path | None = None
+    build: str | None = None
     corpus: Path = ROOT / "scripts" / "passages"
     licence: str = "apache-2.0"
     space: Path = ROOT / "space"
@@ -91,11 +92,11 @@ class Release:
     def target(self, kind: str, repo_id: str) -> Target:
         """Where a repository of a kind goes."""
         repo_type, marker = KINDS[kind]
-        branch = self.branch or "main"
-        if kind == "kernel" and self.branch is None:
+        branch, has_versions = self.branch or "main", kind == "kernel" and self.branch is None
+        if has_versions:
             version = tomllib.loads((ROOT / "kernels" / "build.toml").read_text())["general"]["version"]
             branch = f"v{version}"
-        return Target(repo_id, repo_type, marker, self.tag, branch, self.private, self.create_pr)
+        return Target(repo_id, repo_type, marker, self.tag, branch, self.private, self.create_pr, has_versions)
 
 
 def assemble(
@@ -109,6 +110,8 @@ def assemble(
     Raises:
         ValueError: something is missing, or the folder does not do what its source does.
     """
+    source = release.checkpoint or CHECKPOINT
+    model_id = f"{release.namespace}/{source.name}"
     if kind == "model":
         pair = assembling.assemble_model(checkpoint, folder, repo_id, release.results, release.base, release.original)
         assembling.check_model(folder, *pair)
@@ -116,13 +119,7 @@ def assemble(
     elif kind == "adapter":
         assembling.check_adapter(folder, *assembling.assemble_adapter(checkpoint, folder, repo_id, release.results))
     elif kind == "context":
-        source = release.checkpoint or CHECKPOINT
-        model_id = f"{release.namespace}/{source.name}"
-        if source not in models:
-            merged = folder.parent / f".{source.name}"
-            pair = assembling.assemble_model(source, merged, model_id, release.results, release.base, release.original)
-            models[source] = (merged, *pair)
-        merged, *pair = models[source]
+        merged, *pair = _merged(release, source, folder, models)
         cache = assembling.assemble_context(release.corpus, folder, repo_id, *pair, model_id, release.licence)
         assembling.check_context(folder, cache, merged, *pair)
     elif kind == "dataset":
@@ -132,8 +129,17 @@ def assemble(
         assembling.assemble_kernel(folder, repo_id, release.results)
         assembling.check_kernel(folder)
     else:
-        assembling.assemble_space(release.space, folder, repo_id.split("/")[0])
-        assembling.check_space(folder)
+        assembling.assemble_space(release.space, folder, model_id)
+        assembling.check_space(folder, *_merged(release, source, folder, models))
+
+
+def _merged(release: Release, source: Path, folder: Path, models: dict[Path, tuple]) -> tuple:
+    """Folder, model and processor of a checkpoint, assembled beside `folder` where it was not before."""
+    if source not in models:
+        merged, model_id = folder.parent / f".{source.name}", f"{release.namespace}/{source.name}"
+        pair = assembling.assemble_model(source, merged, model_id, release.results, release.base, release.original)
+        models[source] = (merged, *pair)
+    return models[source]
 
 
 def publish(release: Release, output: Path | None, dry_run: bool) -> None:
@@ -170,6 +176,8 @@ def publish(release: Release, output: Path | None, dry_run: bool) -> None:
             changes.append(found)
             print(f"{kind} {repo_id}: assembled and checked; the commit would be")
             print(*found.lines(), sep="\n", flush=True)
+            if target.card_on_main:
+                print(f"  (on the branch {target.branch}; main, which the Hub shows, has the card)", flush=True)
         if dry_run:
             print("dry run: nothing was sent")
             if refused is not None:

@@ -28,6 +28,7 @@ class Target:
         tag: names the commit for good; a tag is never moved.
         private: of a new repository; an existing one must be private already.
         create_pr: open a pull request instead, without a tag.
+        card_on_main: `branch` is one of several versions; the card is also put on main, which the Hub shows.
     """
 
     repo_id: str
@@ -37,6 +38,7 @@ class Target:
     branch: str = "main"
     private: bool = False
     create_pr: bool = False
+    card_on_main: bool = False
 
 
 @dataclass(frozen=True)
@@ -192,6 +194,10 @@ def upload(api: HfApi, folder: Path, target: Target, changes: Changes, message: 
             if target.create_pr:
                 return info.pr_url
     with one_line(f"{target.repo_id} has the new commit {commit}, but"):
+        if target.card_on_main:
+            # where it is the same already, the client makes no commit
+            card = {"path_or_fileobj": folder / "README.md", "path_in_repo": "README.md", "revision": "main"}
+            api.upload_file(**where, **card, commit_message=message)
         if changes.tagged is None:
             api.create_tag(**where, tag=target.tag, revision=commit)
         read_back(api, folder, target, commit)

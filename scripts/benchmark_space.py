@@ -10,7 +10,6 @@ another text; it waits one to three seconds between actions. Latencies are a vis
 import argparse
 import os
 import random
-import socket
 import subprocess
 import sys
 import tempfile
@@ -24,6 +23,7 @@ from statistics import median
 from gradio_client import Client
 
 from dataset_builders.provenance import write_result
+from model_cards.running_space import served
 
 ROOT = Path(__file__).resolve().parent.parent
 SEED = 0
@@ -132,43 +132,29 @@ class LoadVisitor:
             self.predict("switch a document", chosen, api_name="/toggle")
 
 
-class Server:
-    """The Space in a process of its own, and its memory over time."""
+class Memory:
+    """The memory of a process over time."""
 
-    def __init__(self, model: str | None, log: Path):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        command = [sys.executable, str(ROOT / "scripts" / "run_space.py"), "--port", str(port)]
-        command += [] if model is None else ["--model", model]
-        with log.open("w") as output:
-            self.process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
-        self.url, self.samples = f"http://127.0.0.1:{port}", []
-        for _ in range(1200):
-            if self.process.poll() is not None:
-                raise RuntimeError(f"the Space did not start: {log.read_text()}")
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    return
-            time.sleep(0.25)
-        raise TimeoutError(f"the Space did not start in five minutes: {log.read_text()}")
+    def __init__(self, process: subprocess.Popen):
+        self.process, self.samples = process, []
 
-    def memory(self) -> int:
-        """Bytes of memory that belong to the server's process alone."""
+    def now(self) -> int:
+        """Bytes of memory that belong to the process alone."""
         lines = Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
         return 1024 * int(next(line.split()[1] for line in lines if line.startswith("RssAnon")))
 
     def watch(self, stop: threading.Event) -> None:
         """Sample the memory twice a second."""
         while not stop.wait(0.5):
-            self.samples.append(self.memory())
+            self.samples.append(self.now())
 
 
-def measure(url: str, server: Server, visitors: int, seconds: float) -> dict:
+def measure(url: str, memory: Memory, visitors: int, seconds: float) -> dict:
     """Let the visitors in, all at once, and wait for the last."""
     load, stop = Load(), threading.Event()
-    before = server.memory()
-    watcher = threading.Thread(target=server.watch, args=(stop,))
+    before = memory.now()
+    memory.samples.clear()
+    watcher = threading.Thread(target=memory.watch, args=(stop,))
     watcher.start()
     start = time.perf_counter()
     deadline = start + seconds
@@ -185,7 +171,7 @@ def measure(url: str, server: Server, visitors: int, seconds: float) -> dict:
     took = time.perf_counter() - start
     stop.set()
     watcher.join()
-    half = len(server.samples) // 2
+    half = len(memory.samples) // 2
     return {
         "visitors": visitors,
         "seconds_of_load": seconds,
@@ -197,9 +183,9 @@ def measure(url: str, server: Server, visitors: int, seconds: float) -> dict:
         "actions": load.table(),
         "memory_bytes": {
             "before": before,
-            "peak_in_the_first_half": max(server.samples[:half]),
-            "peak_in_the_second_half": max(server.samples[half:]),
-            "after": server.memory(),
+            "peak_in_the_first_half": max(memory.samples[:half]),
+            "peak_in_the_second_half": max(memory.samples[half:]),
+            "after": memory.now(),
         },
     }
 
@@ -211,17 +197,16 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--model", help="as in run_space.py; default: the repository's checkpoint")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        server = Server(arguments.model, Path(folder) / "log")
-        try:
-            figures = {"load_average": os.getloadavg()[0]}
-            # the first request warms up
-            measure(server.url, server, 1, 1)
-            server.samples.clear()
-            figures |= measure(server.url, server, arguments.visitors, arguments.seconds)
-        finally:
-            server.process.terminate()
-            server.process.wait(60)
+    command = [sys.executable, str(ROOT / "scripts" / "run_space.py")]
+    command += [] if arguments.model is None else ["--model", arguments.model]
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        served(command, dict(os.environ), Path(folder) / "log") as (url, process),
+    ):
+        memory, figures = Memory(process), {"load_average": os.getloadavg()[0]}
+        # the first request warms up
+        measure(url, memory, 1, 1)
+        figures |= measure(url, memory, arguments.visitors, arguments.seconds)
     print(figures)
     if arguments.json:
         write_result(arguments.json, figures, seed=SEED)

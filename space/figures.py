@@ -10,8 +10,9 @@ from torch import Tensor
 from visitors import Document, Timing
 
 SHADES = 4
-# left out where a passage is cut out of its sentence
+# left out where a passage is cut out of its sentence; letters that are added at most to a word that is cut
 ENDS = " \n\t.,;:!?"
+HALF_WORD = 24
 
 
 def number_bytes(count: float) -> str:
@@ -81,14 +82,13 @@ def bars(caption: str, rows: Sequence[tuple[str, float, str]]) -> str:
 
 def bytes_chart(bytes_per_token: dict[str, float]) -> str:
     """Bytes that a token of a document costs, by kind of cache."""
-    return bars("Bytes a token", [(name, size, f"{size:,.0f}") for name, size in bytes_per_token.items()])
+    rows = [(name, size, f"{size:,.0f}") for name, size in bytes_per_token.items()]
+    return "<h3>Memory</h3>" + bars("Bytes a token of a document", rows)
 
 
 def latency_chart(timings: Sequence[Timing]) -> str:
     """Time to the first token of the last questions, newest first."""
-    if not timings:
-        return hint("The times of your questions appear here.")
-    parts = []
+    parts = [] if timings else [hint("The times of your questions appear here.")]
     for timing in reversed(timings):
         rows = [(name, seconds, f"{seconds:.2f} s") for name, seconds in timing.first_token_seconds.items()]
         parts.append(bars(f"“{timing.question[:80]}” ({timing.num_tokens:,} tokens of documents)", rows))
@@ -115,8 +115,8 @@ def word_shades(text: str, spans: Tensor, weights: Tensor) -> list[tuple[int, in
 def highlighted(documents: Sequence[Document], weights: Tensor, evidence: Sequence) -> str:
     """The passages attended to most, then each document with its words shaded by attention."""
     items = "".join(
-        f"<li><q>{escape(' '.join(span.text.strip(ENDS).split()))}</q> <small>{span.weight:.0%} of the attention, "
-        f"{escape(documents[span.document].name)}</small></li>"
+        f"<li><q>{escape(_quoted(documents[span.document].text, span.start, span.end))}</q> "
+        f"<small>{span.weight:.0%} of the attention, {escape(documents[span.document].name)}</small></li>"
         for span in evidence
     )
     parts = [f'<h3>Passages attended to most</h3><ol class="evidence">{items}</ol>']
@@ -128,6 +128,15 @@ def highlighted(documents: Sequence[Document], weights: Tensor, evidence: Sequen
             f'aria-label="Text of {name}, shaded by attention">{inside}</div></details>'
         )
     return "".join(parts)
+
+
+def _quoted(text: str, start: int, end: int) -> str:
+    """A passage in one line, with the words whole that it begins and ends with."""
+    if not text[start].isspace():
+        start -= len(re.search(r"\S*\Z", text[max(0, start - HALF_WORD) : start])[0])
+    if not text[end - 1].isspace():
+        end += len(re.match(r"\S*", text[end : end + HALF_WORD])[0])
+    return " ".join(text[start:end].strip(ENDS).split())
 
 
 def _shaded(text: str, shades: Sequence[tuple[int, int, int]]) -> str:

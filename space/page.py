@@ -107,7 +107,6 @@ def _documents(handlers: Handlers, question: gr.Textbox) -> gr.CheckboxGroup:
     )
     remove = gr.Button("Remove what is switched on", size="sm", visible=False)
     costs = gr.HTML(figures.costs([], handlers.reader.bytes_per_token), elem_id="costs")
-    gr.HTML(figures.bytes_chart(handlers.reader.bytes_per_token), elem_id="bytes")
 
     shown = [status, chosen, remove, costs]
     # two documents may be encoded side by side: a long one does not hold up a short one
@@ -131,20 +130,24 @@ def _documents(handlers: Handlers, question: gr.Textbox) -> gr.CheckboxGroup:
 
 
 def _answers(handlers: Handlers, question: gr.Textbox, chosen: gr.CheckboxGroup) -> None:
-    """The right side: asking, both answers, what was attended to, times."""
+    """The right side: asking, both answers, what was attended to, charts."""
     compare = gr.Checkbox(True, label="Compare with the text in the prompt (slower)", container=False)
     with gr.Row():
-        ask = gr.Button("Ask", variant="primary", min_width=120)
-        stop = gr.Button("Stop", min_width=120)
+        ask = gr.Button("Ask", variant="primary", scale=3, min_width=120)
+        stop = gr.Button("Stop", scale=1, min_width=80)
     with gr.Row(equal_height=False):
         with gr.Column(min_width=280):
-            from_cache = gr.Textbox(label="Answer from the context cache", lines=3, elem_id="cache-answer")
+            from_cache = gr.Textbox(label="Answer from the context cache", lines=4, elem_id="cache-answer")
             cache_figures = gr.HTML(elem_id="cache-figures")
         with gr.Column(min_width=280):
-            from_prompt = gr.Textbox(label="Answer with the text in the prompt", lines=3, elem_id="prompt-answer")
+            from_prompt = gr.Textbox(label="Answer with the text in the prompt", lines=4, elem_id="prompt-answer")
             prompt_figures = gr.HTML(elem_id="prompt-figures")
-    times = gr.HTML(figures.latency_chart([]), elem_id="times")
     attended = gr.HTML(elem_id="attended")
+    with gr.Row(equal_height=False):
+        with gr.Column(min_width=280):
+            times = gr.HTML(figures.latency_chart([]), elem_id="times")
+        with gr.Column(min_width=280):
+            gr.HTML(figures.bytes_chart(handlers.reader.bytes_per_token), elem_id="bytes")
     said = gr.HTML(elem_id="said")
 
     asked = [ask.click, question.submit]

@@ -14,7 +14,7 @@ import yaml
 from huggingface_hub import HfApi, HfFileSystem, constants
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from model_cards.uploading import Target, compare, upload
 from modeling_xcllama import XCLlamaForCausalLM
@@ -65,7 +65,7 @@ def make_base(cache: Path) -> Path:
     return base
 
 
-def make_checkpoint(cache: Path, folder: Path, encoder: Path | None = None, **fields) -> Path:
+def make_checkpoint(cache: Path, folder: Path, encoder: PreTrainedModel | None = None, **fields) -> Path:
     """Added weights of a tiny random model on `make_base`, with the training records of the repository's own
     checkpoint, so that its card is filled from the real results/."""
     base = make_base(cache)

@@ -1,35 +1,33 @@
-"""Published builds, read back by the real clients from a Hub on loopback; each step in a process of its own."""
+"""Published builds, read back by the real clients from a Hub on loopback, in processes of their own."""
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from model_cards.publishing import Release, publish
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 FIXTURES = REPOSITORY / "tests" / "fixtures"
+SUPPORT = runpy.run_path(str(Path(__file__).with_name("publishing_support.py")))
 
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
-    """Environment of a process that talks to a fresh Hub on loopback."""
+    """Environment of a process that talks to a fresh Hub on loopback, as this process does."""
     root = tmp_path_factory.mktemp("hub")
-    command = [sys.executable, str(REPOSITORY / "tests" / "minihub.py"), "--root", str(root / "server")]
-    server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    home = str(root / "home")
-    yield os.environ | {
-        "HF_ENDPOINT": server.stdout.readline().strip(),
-        "HF_TOKEN": "test",
-        "HF_HOME": home,
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_OFFLINE": "0",
-        "HF_DATASETS_OFFLINE": "0",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    }
-    server.stdin.close()
-    server.wait(timeout=10)
+    with SUPPORT["hub_on_loopback"](root) as server:
+        yield os.environ | {
+            "HF_ENDPOINT": server.url,
+            "HF_HOME": str(root / "home"),
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_OFFLINE": "0",
+            "HF_DATASETS_OFFLINE": "0",
+        }
 
 
 def run(hub, folder, *arguments):
@@ -62,7 +60,9 @@ print(json.dumps(found))
 @pytest.fixture(scope="module")
 def published(hub, tmp_path_factory):
     folder = tmp_path_factory.mktemp("work")
-    run(hub, folder, BUILD, *MIX, "--output", "mix", "--push-to", "tester/mix")
+    run(hub, folder, BUILD, *MIX, "--output", "mix")
+    release = Release("dataset", "tester", "v1", repo_id="tester/mix", build=f"file://{folder}/mix")
+    publish(release, None, dry_run=False)
     return folder
 
 
@@ -150,12 +150,10 @@ for path in (None, "McGill-NLP/TopiOCQA"):
     assert run(hub, published, "-c", script).splitlines() == ["['7-1', '7-2', '7-3']"] * 2
 
 
-def test_an_unfinished_folder_is_not_published(hub, published):
-    (published / "half" / "squad_v2").mkdir(parents=True)
-    command = [sys.executable, BUILD, "--output", "half", "--push-to", "tester/half"]
-    done = subprocess.run(command, env=hub, cwd=published, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert "half holds no build.json: it is not a finished build" in done.stderr
+def test_an_unfinished_folder_is_not_published(hub, tmp_path):
+    (tmp_path / "half" / "squad_v2").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"half holds no build\.json: it is not a finished build"):
+        publish(Release("dataset", "tester", "v1", build=str(tmp_path / "half")), None, dry_run=False)
 
 
 CLIENT = """

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import HfApi
 
+from model_cards import assembling
 from model_cards.publishing import Release, publish
 from model_cards.uploading import check_rights, compare, upload
 
@@ -86,6 +87,24 @@ def test_a_new_version_is_one_commit_of_what_changed(server, folder):
     assert "one.safetensors" in tree("tester/versions", revision="v1")
     assert "one.safetensors" not in tree("tester/versions", revision="v2")
     assert "one.safetensors" not in tree("tester/versions")
+
+
+def test_a_revision_is_a_branch_of_its_own(server, folder):
+    push(folder, model_target("branches"))
+    before = tree("tester/branches")
+    (folder / "config.json").write_text('{"a": 1}')
+    push(folder, model_target("branches", tag="v2", branch="next"))
+    assert tree("tester/branches") == before
+    assert (
+        tree("tester/branches", revision="next")["config.json"]
+        == tree("tester/branches", revision="v2")["config.json"]
+        == 8
+    )
+    # its own parent, whatever main is by now
+    (folder / "config.json").write_text('{"a": 12}')
+    changes = compare(HfApi(), folder, model_target("branches", tag="v3", branch="next"))
+    assert (changes.changed, changes.added, changes.removed) == (["config.json"], [], [])
+    assert Release("model", "tester", "v1", branch="next").target("model", "tester/x").branch == "next"
 
 
 def test_a_pull_request_leaves_branch_and_tags(server, folder):
@@ -170,11 +189,9 @@ def test_an_upload_cut_off_leaves_the_old_revision_and_goes_on(server, folder):
     assert set(again) == set(seen) - arrived
 
 
-def test_a_dry_run_without_a_token_asks_nobody(server, tmp_path, monkeypatch, capsys):
-    monkeypatch.delenv("HF_TOKEN")
-    asked = []
-    server.store.faults.append(lambda handler: asked.append(handler.path))
-    space = tmp_path / "space"
+def make_space(folder: Path) -> Path:
+    """The files of a Space that is none."""
+    space = folder / "space"
     space.mkdir()
     (space / "app.py").write_text("print('hello')\n")
     (space / "requirements.txt").write_text("gradio\n")
@@ -189,14 +206,34 @@ def test_a_dry_run_without_a_token_asks_nobody(server, tmp_path, monkeypatch, ca
     fields |= {"app_file": "app.py", "license": "apache-2.0"}
     header = "".join(f"{name}: {value}\n" for name, value in fields.items())
     (space / "README.md").write_text(f"---\n{header}models:\n- xcllama/a\n---\n# T\ntext\n")
-    release = Release("space", "someone", "v1", space=space)
-    publish(release, tmp_path / "out", dry_run=True)
+    return space
+
+
+def test_a_dry_run_without_a_token_asks_nobody(server, tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setenv("XCLLAMA_CACHE", str(tmp_path / "cache"))
+    asked, space = [], make_space(tmp_path)
+    server.store.faults.append(lambda handler: asked.append(handler.path))
+    checkpoint = SUPPORT["make_checkpoint"](tmp_path / "cache", tmp_path / "tiny")
+    release = Release("space", "someone", "v1", space=space, checkpoint=checkpoint)
+    with monkeypatch.context() as unchecked:
+        unchecked.setattr(assembling, "check_space", lambda *values: None)
+        publish(release, tmp_path / "out", dry_run=True)
     out = capsys.readouterr().out
     assert "3 added" in out
     assert "dry run: nothing was sent\nan upload would be refused, and every file counts as new: no Hub token" in out
     assert asked == []
-    assert "- someone/a\n" in (tmp_path / "out" / "space" / "xcllama-demo" / "README.md").read_text()
+    assert "- someone/tiny\n" in (tmp_path / "out" / "space" / "xcllama-demo" / "README.md").read_text()
     with pytest.raises(ValueError, match="no Hub token"):
+        publish(release, None, dry_run=False)
+
+
+def test_a_space_that_cannot_run_is_not_published(tmp_path, monkeypatch):
+    monkeypatch.setenv("XCLLAMA_CACHE", str(tmp_path / "cache"))
+    space, checkpoint = make_space(tmp_path), SUPPORT["make_checkpoint"](tmp_path / "cache", tmp_path / "tiny")
+    release = Release("space", "tester", "v1", space=space, checkpoint=checkpoint)
+    (space / "app.py").write_text("raise SystemExit('no model here')\n")
+    with pytest.raises(ValueError, match="the Space does not start: no model here"):
         publish(release, None, dry_run=False)
     (space / "app.py").write_text("print(\n")
     with pytest.raises(ValueError, match="does not compile"):

@@ -30,6 +30,7 @@ from model_cards.model_card import (
     conversion_card,
     eval_results_yaml,
     read_result,
+    readme,
     token_costs,
 )
 from model_cards.publishing import Release
@@ -248,7 +249,12 @@ def test_a_model_with_an_encoder_is_assembled(tmp_path, monkeypatch):
     sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
     BertModel(BertConfig(vocab_size=320, **sizes)).save_pretrained(encoder)
     fields = {"context_layer": None, "encoder_name_or_path": name}
-    added = SUPPORT["make_checkpoint"](tmp_path / "cache", tmp_path / "xc-enc", encoder, **fields)
+    # one of its two layers is kept, and trained
+    kept = BertModel.from_pretrained(encoder, num_hidden_layers=1)
+    added = SUPPORT["make_checkpoint"](tmp_path / "cache", tmp_path / "xc-enc", kept, **fields)
+    recipe = yaml.safe_load((added / "recipe.yaml").read_text())
+    recipe["model"] |= {"encoder": "all-MiniLM-L6-v2", "encoder_layers": 1, "train_encoder": True}
+    (added / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     AutoTokenizer.from_pretrained(tmp_path / "cache" / "models" / "SmolLM2-135M-Instruct").save_pretrained(encoder)
     model, processor = assemble_model(added, tmp_path / "repo", "org/xc-enc", RESULTS)
     expected = answer(model, processor, model.encode_context(**processor(contexts=["a b"], return_tensors="pt")), "c")
@@ -260,7 +266,9 @@ def test_a_model_with_an_encoder_is_assembled(tmp_path, monkeypatch):
     require_equal(tmp_path / "repo", answer(loaded, processor, cache, "c"), expected)
     card = (tmp_path / "repo" / "README.md").read_text()
     assert check_card(card, "card")["base_model"] == [SUPPORT["BASE"], name]
-    assert f"| encoder | {name}, as it is |" in card
+    line = f"| encoder | {name}, its first 1 layers, trained with the added layers |"
+    assert line in card
+    assert line in readme(added, RESULTS)
     assert "last layer, 24 values wide" in card
     for path in (tmp_path / "repo").rglob("*.json"):
         assert str(tmp_path) not in path.read_text(), path

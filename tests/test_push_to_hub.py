@@ -17,12 +17,16 @@ NAME = "xc-smollm2-135m"
 
 READ_BACK = """
 import datasets, kernels, torch
-from transformers import AutoModelForCausalLM, AutoProcessor, pipeline
+from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, pipeline
 from huggingface_hub import snapshot_download
 repo, question, text = "tester/xc-smollm2-135m", "Who?", "Margaret Hale."
 model = AutoModelForCausalLM.from_pretrained(repo, revision="v0.1.0", trust_remote_code=True)
 processor = AutoProcessor.from_pretrained(repo, revision="v0.1.0", trust_remote_code=True)
 found = {"type": type(model).__module__.split(".")[0], "digest": model.base_digest()}
+try:
+    AutoConfig.from_pretrained(repo, token=False, force_download=True, trust_remote_code=True)
+except OSError as error:
+    found["stranger"] = str(error)
 inputs = processor(text=[question], return_tensors="pt")
 cache = model.load_context("tester/xcllama-passages", revision="v0.1.0")
 options = {"max_new_tokens": 5, "do_sample": False}
@@ -60,7 +64,7 @@ def push(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
 
 
 def test_all_kinds_there_and_back(tmp_path, monkeypatch, capsys):
-    """Five repositories, one commit and one tag each; what is loaded by id and tag is what was published."""
+    """Five private repositories, one commit and one tag each; what is loaded by id and tag is what was published."""
     cache_folder, fixtures = tmp_path / "cache", TESTS / "fixtures"
     monkeypatch.setenv("XCLLAMA_CACHE", str(cache_folder))
     checkpoint = SUPPORT["make_checkpoint"](cache_folder, tmp_path / NAME)
@@ -70,7 +74,15 @@ def test_all_kinds_there_and_back(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["build_dataset.py", *build])
     with pytest.raises(SystemExit, match="0"):
         runpy.run_path(str(ROOT / "scripts" / "build_dataset.py"), run_name="__main__")
-    arguments = ["--namespace", "tester", "--checkpoint", str(checkpoint), "--build", str(tmp_path / "mix")]
+    arguments = [
+        "--namespace",
+        "tester",
+        "--checkpoint",
+        str(checkpoint),
+        "--build",
+        str(tmp_path / "mix"),
+        "--private",
+    ]
     with SUPPORT["hub_on_loopback"](tmp_path) as server:
         status, out, err = push(monkeypatch, capsys, "all", *arguments, "--output", str(tmp_path / "out"))
         assert status == 0, err
@@ -86,6 +98,11 @@ def test_all_kinds_there_and_back(tmp_path, monkeypatch, capsys):
             assert [(tag.name, tag.target_commit) for tag in refs.tags] == [("v0.1.0", branch.target_commit)]
             # what creating the repository makes, and one more
             assert len(api.list_repo_commits(**where, revision=branch.name)) == 2
+        # the Hub shows a kernel's main branch: its card, which every version shares
+        card = (tmp_path / "out" / "kernel" / "xcllama-kernels" / "README.md").read_text()
+        where = {"repo_id": "tester/xcllama-kernels", "repo_type": "kernel"}
+        assert Path(api.hf_hub_download(**where, filename="README.md")).read_text() == card
+        assert set(api.list_repo_files(**where)) == {".gitattributes", "README.md"}
         # the branches move on, and one shard is altered: the tag does not care
         api.upload_file(path_or_fileobj=b"x", path_in_repo="config.json", repo_id=f"tester/{NAME}")
         where = {"repo_id": "tester/xcllama-passages", "repo_type": "dataset"}
@@ -95,8 +112,8 @@ def test_all_kinds_there_and_back(tmp_path, monkeypatch, capsys):
         api.create_branch(**where, branch="moved")
         api.upload_file(path_or_fileobj=bytes(content), path_in_repo=shard, revision="moved", **where)
         environment = {"HF_ENDPOINT": server.url, "HF_HUB_OFFLINE": "0", "HF_DATASETS_OFFLINE": "0"}
-        environment |= {"HF_HUB_DISABLE_XET": "1", "TRITON_INTERPRET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-        found = run_clean(READ_BACK, **environment)
+        environment |= {"HF_TOKEN": SUPPORT["TOKEN"], "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+        found = run_clean(READ_BACK, TRITON_INTERPRET="1", **environment)
     check_read_back(found, checkpoint, tmp_path)
 
 
@@ -106,6 +123,7 @@ def check_read_back(found: dict, checkpoint: Path, folder: Path) -> None:
 
     model, processor = load_checkpoint(checkpoint)
     assert found["type"] == "transformers_modules"
+    assert "not a valid model identifier" in found["stranger"] or "Repository Not Found" in found["stranger"]
     assert found["digest"] == model.base_digest()
     files = sorted((ROOT / "scripts" / "passages").glob("*.json"))
     texts = {path.stem: json.loads(path.read_text())["text"] for path in files}

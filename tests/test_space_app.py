@@ -1,12 +1,8 @@
 """The Space as the Hub runs it: its folder alone, the model by the Auto classes, visitors over HTTP."""
 
 import ast
-import os
 import re
-import runpy
 import shutil
-import site
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,19 +15,9 @@ from transformers import AutoTokenizer
 from modeling_xcllama import XCLlamaProcessor
 
 gradio_client = pytest.importorskip("gradio_client", reason="the extra `space` is not installed")
-SUPPORT = runpy.run_path(str(Path(__file__).with_name("space_support.py")))
-free_port, wait_for = SUPPORT["free_port"], SUPPORT["wait_for"]
+from model_cards.running_space import served_clean  # noqa: E402
+
 SPACE = Path(__file__).resolve().parent.parent / "space"
-# site-packages as a plain folder: the editable install of this repository is not seen
-RUN = """
-import importlib.util, runpy, sys
-sys.path.append({packages!r})
-assert importlib.util.find_spec("modeling_xcllama") is None
-import torch
-torch.set_num_threads(1)
-sys.path.insert(0, {folder!r})
-runpy.run_path({folder!r} + "/app.py", run_name="__main__")
-"""
 
 
 @pytest.fixture
@@ -41,23 +27,9 @@ def space(make_llama, make_model, smollm2_folder, tmp_path) -> Iterator[str]:
     model = make_model(make_llama(vocab_size=len(tokenizer), eos_token_id=2, max_position_embeddings=1024))
     model.save_pretrained(tmp_path / "model")
     XCLlamaProcessor(tokenizer).save_pretrained(tmp_path / "model")
-    folder = tmp_path / "space"
-    shutil.copytree(SPACE, folder, ignore=shutil.ignore_patterns("__pycache__"))
-    port = str(free_port())
-    packages = next(path for path in site.getsitepackages() if path.endswith("site-packages"))
-    environment = {key: os.environ[key] for key in ("PATH", "HOME") if key in os.environ}
-    environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf_home"), "OMP_NUM_THREADS": "1"}
-    environment |= {"XCLLAMA_MODEL": str(tmp_path / "model"), "GRADIO_SERVER_PORT": port}
-    environment |= {"GRADIO_TEMP_DIR": str(tmp_path / "uploads")}
-    command = [sys.executable, "-S", "-c", RUN.format(packages=packages, folder=str(folder))]
-    log = (tmp_path / "log").open("w+")
-    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=log, stderr=subprocess.STDOUT)
-    try:
-        wait_for(int(port), process, tmp_path / "log")
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.kill()
-        process.wait(30)
+    shutil.copytree(SPACE, tmp_path / "space", ignore=shutil.ignore_patterns("__pycache__"))
+    with served_clean(tmp_path / "space", tmp_path / "model", tmp_path / "uploads") as url:
+        yield url
 
 
 def connect(url: str):

@@ -1,8 +1,7 @@
 """The Space in a headless chromium, as people use it: `make test-browser`. Screenshots go to runs/space/."""
 
-import runpy
+import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,10 +9,10 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from model_cards.running_space import served
+
 pytestmark = pytest.mark.browser
 playwright = pytest.importorskip("playwright.sync_api", reason="the extra `browser` is not installed")
-SUPPORT = runpy.run_path(str(Path(__file__).with_name("space_support.py")))
-free_port, wait_for = SUPPORT["free_port"], SUPPORT["wait_for"]
 ROOT = Path(__file__).resolve().parent.parent
 PICTURES = ROOT / "runs" / "space"
 FLAGS = (
@@ -27,16 +26,9 @@ TEXT = "The harbour of Milstead was built in 1812 by Ada Finch. It has two piers
 @pytest.fixture(scope="module")
 def url(smollm2_folder, tmp_path_factory) -> Iterator[str]:
     """The Space with the repository's checkpoint."""
-    port = free_port()
-    log = tmp_path_factory.mktemp("space") / "log"
-    command = [sys.executable, str(ROOT / "scripts" / "run_space.py"), "--port", str(port)]
-    with log.open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
-    try:
-        wait_for(port, process, log)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.kill()
+    command = [sys.executable, str(ROOT / "scripts" / "run_space.py")]
+    with served(command, dict(os.environ), tmp_path_factory.mktemp("space") / "log") as (address, _):
+        yield address
 
 
 @pytest.fixture(scope="module")

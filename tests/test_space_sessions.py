@@ -327,6 +327,14 @@ def test_shown_text_is_escaped(reader):
     assert "&lt;script&gt;" in shown[0]
 
 
+@pytest.mark.parametrize(
+    ("start", "end", "quoted"),
+    [(0, 1, "in"), (7, 9, "1926"), (7, 11, "1926 by"), (9, 14, "by Ilse"), (18, 25, "Brandt"), (3, 9, "1926")],
+)
+def test_passages_are_quoted_in_whole_words(start, end, quoted):
+    assert figures._quoted("in   1926 by Ilse Brandt.", start, end) == quoted
+
+
 def test_shades_follow_the_weights():
     spans = torch.tensor([[0, 3], [3, 5], [5, 6], [6, 11]])
     # "one" in two tokens with the space of the next word, as byte-level tokenizers cut
