@@ -65,11 +65,11 @@ def evaluate(config: EvaluatorConfig, command: str) -> int:
         try:
             results = _evaluate_task(config, language_model, manager, name, tracker)
         except TASK_ERRORS as error:
-            if language_model.world_size > 1:
-                # the other processes wait for this one: end them all
-                raise
             failures += 1
-            _fail(error, name)
+            code = _fail(error, name)
+            if language_model.world_size > 1:
+                # the others wait for this process: its end is theirs
+                return code
             continue
         if results is not None:
             _save(config, tracker, merged, results, command)

@@ -1,78 +1,138 @@
-"""The paper's comparison: one checkpoint, every way to give it its contexts, the same tasks; one process a method."""
+"""The paper's comparison: every way to give a model its contexts, on the same tasks; one process a method and task.
 
+OUTPUT/<checkpoint>/{cross, cross_int8, ...}     one folder a method, and the encoded contexts
+OUTPUT/baselines/{prompt, none, lora_prompt, ...}
+"""
+
+import hashlib
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-CROSS = {"context_mode": "cross"}
-METHODS: dict[str, dict[str, str]] = {
-    "cross": CROSS,
-    "cross_int8": CROSS | {"cache_dtype": "int8"},
-    "cross_int4": CROSS | {"cache_dtype": "int4"},
+# model arguments of the methods that read an encoded context
+CROSS = {
+    "cross": {"context_mode": "cross"},
     "cross_shuffled": {"context_mode": "cross_shuffled"},
-    "prompt": {"context_mode": "prompt", "truncation": "True"},
-    "prompt_kv": {"context_mode": "prompt_kv", "truncation": "True"},
-    "none": {"context_mode": "none"},
+    "cross_int8": {"context_mode": "cross", "cache_dtype": "int8"},
+    "cross_int4": {"context_mode": "cross", "cache_dtype": "int4"},
 }
+PROMPT = {"context_mode": "prompt", "truncation": "True"}
+CLOSED_BOOK = {"context_mode": "none"}
+# baseline -> (which of `Models` it evaluates, model arguments)
+BASELINES = {
+    "none": ("checkpoints", CLOSED_BOOK),
+    "prompt": ("checkpoints", PROMPT),
+    "prompt_kv": ("checkpoints", PROMPT | {"context_mode": "prompt_kv"}),
+    "lora_prompt": ("lora_prompt", PROMPT),
+    "lora_closed_book": ("lora_closed_book", CLOSED_BOOK),
+    "fid": ("fid", {}),
+}
+# controls, which need not run on every task
+CONTROLS = ("cross_shuffled", "cross_int8", "cross_int4")
 
 
-def method_command(method: str, output: Path, checkpoint: str, adapter: str | None, fid: str | None) -> list[str]:
-    """The command line of one method, without tasks.
+@dataclass(frozen=True)
+class Models:
+    """Folders or Hub ids of what is compared.
+
+    Args:
+        checkpoints: XC models or folders of added weights; the untuned baselines are the first one's base.
+        lora_prompt, lora_closed_book: peft adapters that were trained with and without the contexts.
+        fid: a T5 Fusion-in-Decoder.
+    """
+
+    checkpoints: Sequence[str]
+    lora_prompt: str | None = None
+    lora_closed_book: str | None = None
+    fid: str | None = None
+
+    def default_methods(self) -> list[str]:
+        """All methods whose model is given."""
+        return [*CROSS, *(name for name, (kind, _) in BASELINES.items() if getattr(self, kind))]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One call of the evaluation: where it writes, its model, and what it is told of it."""
+
+    output: Path
+    model: str
+    options: tuple[str, ...]
+
+
+def plan(models: Models, methods: Sequence[str], output: Path) -> Iterator[tuple[str, Evaluation]]:
+    """(method, evaluation) of every method, of each checkpoint where it reads one's cache.
 
     Raises:
         ValueError: an unknown method, or one whose model is not given.
     """
-    if method == "fid" and fid:
-        return ["--model", "fid", "--model_args", f"pretrained={fid}", "--output_path", str(output / method)]
-    if method == "lora_prompt" and adapter:
-        values = {"pretrained": adapter} | METHODS["prompt"]
-    elif method in METHODS:
-        values = {"pretrained": checkpoint} | METHODS[method]
-        if values["context_mode"].startswith("cross"):
-            # right and wrong contexts come from one folder
-            values["context_cache_dir"] = str(output / f"contexts-{values.get('cache_dtype', 'auto')}")
-    else:
-        known = ", ".join([*METHODS, "lora_prompt (with --adapter)", "fid (with --fid)"])
-        raise ValueError(f"method {method!r} is unknown or lacks its model; known are {known}.")
-    pairs = ",".join(f"{key}={value}" for key, value in values.items())
-    options = ["--model", "xcllama", "--model_args", pairs, "--output_path", str(output / method)]
-    return [*options, "--apply_chat_template"]
+    for method in methods:
+        if method in CROSS:
+            for checkpoint in models.checkpoints:
+                folder = output / Path(checkpoint).name
+                kept = folder / f"contexts-{weights_digest(checkpoint)[:8]}"
+                values = CROSS[method] | {"context_cache_dir": str(kept)}
+                yield method, _evaluation(folder / method, "xcllama", checkpoint, values)
+            continue
+        kind, values = BASELINES.get(method, ("", {}))
+        found = getattr(models, kind) if kind else None
+        if not found:
+            known = ", ".join([*CROSS, *BASELINES])
+            raise ValueError(f"method {method!r} is unknown or lacks its model; known are {known} (see --help).")
+        model = found[0] if kind == "checkpoints" else found
+        yield method, _evaluation(output / "baselines" / method, "fid" if kind == "fid" else "xcllama", model, values)
+
+
+def _evaluation(output: Path, kind: str, model: str, values: dict[str, str]) -> Evaluation:
+    pairs = ",".join(f"{key}={value}" for key, value in {"pretrained": model, **values}.items())
+    template = ("--apply_chat_template",) if kind == "xcllama" else ()
+    return Evaluation(output, model, ("--model", kind, "--model_args", pairs, "--output_path", str(output), *template))
+
+
+def weights_digest(model: str) -> str:
+    """Digest of the weights in a folder; of its name where `model` is a Hub id."""
+    digest = hashlib.sha256(model.encode())
+    for path in sorted(Path(model).glob("*.safetensors")):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
 def compare(
-    output: Path,
-    checkpoint: str,
+    models: Models,
     methods: Sequence[str],
+    output: Path,
+    tasks: Sequence[str],
+    control_tasks: Sequence[str],
     arguments: Sequence[str],
-    adapter: str | None = None,
-    fid: str | None = None,
 ) -> int:
-    """Evaluate `methods` one after the other; a method that has results in `output` is not run again.
+    """Evaluate `methods` one after the other; what has results of these weights and arguments is not run again.
 
     Args:
-        output: folder; each method gets one inside.
-        arguments: what all methods share: `--tasks`, `--limit`, `--batch_size`, ...
+        control_tasks: of `CONTROLS`, instead of `tasks`.
+        arguments: what all methods share: `--limit`, `--batch_size`, ...
 
     Returns:
-        How many methods failed.
+        How many evaluations failed.
 
     Raises:
-        ValueError: see `method_command`.
+        ValueError: see `plan`.
     """
-    commands = {method: method_command(method, output, checkpoint, adapter, fid) for method in methods}
     failures = 0
-    for method, own in commands.items():
-        done = output / f"{method}.done"
-        if done.exists() and done.read_text() == shlex.join(arguments):
-            print(f"{method}: done before")
-            continue
-        command = [sys.executable, "-m", "lm_eval_tasks", *own, *arguments, "--log_samples"]
-        print(f"{method}: {shlex.join(command[1:])}", flush=True)
-        if subprocess.run(command).returncode:
-            failures += 1
-        else:
-            done.parent.mkdir(parents=True, exist_ok=True)
-            done.write_text(shlex.join(arguments))
+    for method, evaluation in list(plan(models, methods, output)):
+        digest = weights_digest(evaluation.model)
+        for task in control_tasks if method in CONTROLS else tasks:
+            asked = [*evaluation.options, "--tasks", task, *arguments, "--log_samples"]
+            done, state = evaluation.output / f"{task}.done", f"{shlex.join(asked)}\n{digest}\n"
+            if done.exists() and done.read_text() == state:
+                print(f"{evaluation.output}, {task}: done before")
+                continue
+            print(f"python -m lm_eval_tasks {shlex.join(asked)}", flush=True)
+            if subprocess.run([sys.executable, "-m", "lm_eval_tasks", *asked]).returncode:
+                failures += 1
+            else:
+                done.write_text(state)
     return failures

@@ -5,7 +5,8 @@ import json
 import logging
 import os
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ MANIFEST = "contexts.json"
 CONTEXTS_PER_CALL = 64
 
 Texts = tuple[str, ...]
+# a list of this process -> the lists of all processes as one, the same in each
+Gather = Callable[[list], list]
 
 
 def contexts_of(request: Instance) -> Texts:
@@ -37,20 +40,21 @@ def contexts_of(request: Instance) -> Texts:
     return tuple(contexts)
 
 
-def other_contexts(requests: Sequence[Instance], seed: int) -> list[Texts]:
+def other_contexts(requests: Sequence[Instance], seed: int, gather: Gather = list) -> list[Texts]:
     """For each request the contexts of another document of its task, none of them its own: the wrong-context control.
 
-    The documents of a task stand on a ring in an order that depends on `seed` only; each reads its nearest successor
-    with which it shares no text. With several processes the documents are those of one process.
+    The documents of a task, of all processes, stand on a ring in an order that depends on `seed` only; each reads its
+    nearest successor with which it shares no text.
 
     Raises:
         ValueError: a document shares a text with every other one.
     """
     own = [contexts_of(request) for request in requests]
-    rings: dict[str | None, list[Texts]] = {}
-    for task in {request.task_name for request in requests}:
-        distinct = {texts for request, texts in zip(requests, own, strict=True) if request.task_name == task}
-        rings[task] = sorted(distinct, key=lambda texts: text_digest(f"{seed}\n{texts}"))
+    members: dict[str | None, set[Texts]] = {}
+    for task, texts in gather([(request.task_name, texts) for request, texts in zip(requests, own, strict=True)]):
+        members.setdefault(task, set()).add(texts)
+    order = partial(_ring_place, seed)
+    rings = {task: sorted(distinct, key=order) for task, distinct in members.items()}
     places = {task: {texts: place for place, texts in enumerate(ring)} for task, ring in rings.items()}
     chosen = []
     for request, texts in zip(requests, own, strict=True):
@@ -66,68 +70,109 @@ def other_contexts(requests: Sequence[Instance], seed: int) -> list[Texts]:
     return chosen
 
 
+def _ring_place(seed: int, texts: Texts) -> str:
+    return text_digest(f"{seed}\n{texts}")
+
+
 def text_digest(text: str) -> str:
     """128-bit digest of a text, exact to the byte."""
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 class ContextPool:
-    """Caches of contexts by their text: each is encoded once, and looked for on disk first.
+    """Caches of contexts by their text: each is encoded once, by one of the processes, and looked for on disk first.
 
     Args:
         model: an XC model.
         processor: its processor.
-        folder: where caches are kept between runs; None: in memory only.
+        folder: where caches are kept between runs, of every dtype; None: in memory only.
         dtype: of the stored states, one of `CACHE_DTYPES`; "auto" is the model's.
         truncation: cut contexts that are longer than the model takes.
+        rank, gather: this process among those that share the work, and what exchanges lists between them.
 
     Raises:
-        ValueError: unknown `dtype`, or a folder of another model or dtype.
+        ValueError: unknown `dtype`, or a folder of another model.
     """
 
-    def __init__(self, model, processor, folder: str | None, dtype: str, truncation: bool):
+    def __init__(
+        self,
+        model,
+        processor,
+        folder: str | None,
+        dtype: str,
+        truncation: bool,
+        rank: int = 0,
+        gather: Gather = list,
+    ):
         if dtype not in CACHE_DTYPES:
             raise ValueError(f"`cache_dtype` must be one of {', '.join(CACHE_DTYPES)}, got {dtype!r}.")
         self.model, self.processor, self.truncation = model, processor, truncation
-        self.dtype = str(model.dtype).removeprefix("torch.") if dtype == "auto" else dtype
+        self.own_dtype = str(model.dtype).removeprefix("torch.")
+        self.dtype = self.own_dtype if dtype == "auto" else dtype
         self.folder = Path(folder) if folder else None
+        self.rank, self.gather = rank, gather
         self.caches: dict[str, Any] = {}
-        self.encoded = self.loaded = 0
+        # of all processes
+        self.encoded: set[str] = set()
+        self.loaded: set[str] = set()
         if self.folder is not None:
             self._claim_folder()
 
     def _claim_folder(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        ours = {"fingerprint": self.model.model.context_fingerprint(), "dtype": self.dtype}
-        manifest = self.folder / MANIFEST
+        fingerprint, manifest = self.model.model.context_fingerprint(), self.folder / MANIFEST
         if not manifest.exists():
             partial = manifest.with_name(f".{MANIFEST}.{secrets.token_hex(4)}.partial")
-            partial.write_text(json.dumps(ours) + "\n")
+            partial.write_text(json.dumps({"fingerprint": fingerprint}) + "\n")
             os.replace(partial, manifest)
-        found = json.loads(manifest.read_text())
-        for field, value in ours.items():
-            if found.get(field) != value:
-                raise ValueError(
-                    f"`context_cache_dir` {self.folder} holds contexts with {field} {found.get(field)!r}, this "
-                    f"run has {value!r}: give another folder, or none."
-                )
+        found = json.loads(manifest.read_text()).get("fingerprint")
+        if found != fingerprint:
+            raise ValueError(
+                f"`context_cache_dir` {self.folder} holds contexts with fingerprint {found!r}, this model's is "
+                f"{fingerprint!r}: give another folder, or none."
+            )
 
-    def _path(self, text: str) -> Path:
-        return self.folder / f"{text_digest(text)}.safetensors"
+    def _path(self, text: str, dtype: str) -> Path:
+        return self.folder / dtype / f"{text_digest(text)}.safetensors"
+
+    def _load(self, text: str) -> Any | None:
+        """The kept cache of a text, converted where only the model's own states are kept; None: neither is."""
+        for dtype in (self.dtype, self.own_dtype) if self.folder is not None else ():
+            if (path := self._path(text, dtype)).exists():
+                cache = self.model.load_context(path)
+                return cache if dtype == self.dtype else self._converted(cache)
+        return None
+
+    def _converted(self, cache: Any) -> Any:
+        if self.dtype in ("int8", "int4"):
+            return cache.quantize(self.dtype)
+        return cache.to(dtype=getattr(torch, self.dtype))
 
     def fetch(self, texts: Iterable[str]) -> set[str]:
-        """Have a cache for each of `texts`; returns those that had to be encoded now."""
-        missing = [text for text in dict.fromkeys(texts) if text not in self.caches]
-        if self.folder is not None:
-            for text in [text for text in missing if self._path(text).exists()]:
-                self.caches[text] = self.model.load_context(self._path(text))
-                self.loaded += 1
-            missing = [text for text in missing if text not in self.caches]
-        # long ones first: each call holds contexts of similar length
-        missing.sort(key=len, reverse=True)
-        for start in range(0, len(missing), CONTEXTS_PER_CALL):
-            self._encode(missing[start : start + CONTEXTS_PER_CALL])
-        return set(missing)
+        """Have a cache for each of `texts`; returns those that had to be encoded now.
+
+        Every process calls it at the same time.
+        """
+        missing = {text for text in texts if text not in self.caches}
+        kept = {text: cache for text in missing if (cache := self._load(text)) is not None}
+        self.caches |= kept
+        missing -= set(kept)
+        self.loaded |= set(self.gather(list(kept)))
+        wanted_by: dict[str, list[int]] = {}
+        for rank, text in self.gather([(self.rank, text) for text in sorted(missing)]):
+            wanted_by.setdefault(text, []).append(rank)
+        # those that want a text take turns
+        owners = {text: ranks[place % len(ranks)] for place, (text, ranks) in enumerate(wanted_by.items())}
+        # long ones first: each call holds contexts of similar length, the same in every run
+        mine = sorted((text for text in sorted(missing) if owners[text] == self.rank), key=len, reverse=True)
+        for start in range(0, len(mine), CONTEXTS_PER_CALL):
+            self._encode(mine[start : start + CONTEXTS_PER_CALL])
+        self.encoded |= set(wanted_by)
+        shared = [(text, self.caches[text].to("cpu")) for text in mine if len(wanted_by[text]) > 1]
+        for text, cache in self.gather(shared):
+            if text in missing:
+                self.caches[text] = cache
+        return missing
 
     def _encode(self, texts: list[str]) -> None:
         inputs = self.processor(contexts=texts, truncation=self.truncation, return_tensors="pt")
@@ -135,15 +180,11 @@ class ContextPool:
             inputs["context_input_ids"].to(self.model.device), inputs["context_attention_mask"].to(self.model.device)
         )
         for index, text in enumerate(texts):
-            cache = encoded.select([index]).compact()
-            if self.dtype in ("int8", "int4"):
-                cache = cache.quantize(self.dtype)
-            else:
-                cache = cache.to(dtype=getattr(torch, self.dtype))
+            self.caches[text] = cache = self._converted(encoded.select([index]).compact())
             if self.folder is not None:
-                cache.save(self._path(text))
-            self.caches[text] = cache
-            self.encoded += 1
+                path = self._path(text, self.dtype)
+                path.parent.mkdir(exist_ok=True)
+                cache.save(path)
 
     def rows(self, requests: Sequence[Texts]):
         """One cache with a row for each of `requests` (tuples of texts that were fetched)."""
@@ -164,8 +205,8 @@ class ContextPool:
         size = sum(cache.nbytes for cache in self.caches.values())
         return {
             "cache_dtype": self.dtype,
-            "contexts": len(self.caches),
-            "contexts_encoded": self.encoded,
-            "contexts_from_folder": self.loaded,
+            "contexts": len(self.encoded | self.loaded),
+            "contexts_encoded": len(self.encoded),
+            "contexts_from_folder": len(self.loaded - self.encoded),
             "cache_bytes_per_token": size / tokens if tokens else None,
         }

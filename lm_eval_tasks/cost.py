@@ -14,7 +14,8 @@ class Cost:
         cache_bytes: bytes of the cached states (or keys and values of a prompt prefix) that were read.
         cache_hit: whether they were there already, from an earlier response or run; None: nothing is cached.
         generated_tokens: tokens generated, the end token included; None: nothing is generated.
-        time_to_first_token: seconds from the batch's ids to its first logits, encoding of contexts not counted.
+        time_to_first_token: seconds from the batch's ids to its first logits, encoding of contexts not counted; where
+            choices are scored, to the logits that score them.
     """
 
     context_tokens: int

@@ -1,5 +1,6 @@
 """The documents of a task: rows of `dataset_builders` as a data set of lm-eval."""
 
+import hashlib
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -21,6 +22,9 @@ def load_documents(
 ) -> dict[str, datasets.Dataset]:
     """The questions of a source, as lm-eval's `custom_dataset` wants them: {"test": rows of `FEATURES`}.
 
+    Their order is random and always the same, so that `--limit` takes a sample: files hold the questions of a text in
+    a row, and the first twenty of CoQA are one story's.
+
     Args:
         source: a key of `SOURCES`.
         default_split: "test", "validation", "train" or "all"; a source's test split is never trained on.
@@ -40,13 +44,17 @@ def load_documents(
     except (SourceError, RuntimeError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"the data of {source!r} is not here ({reason}). Build it where there is a network with `python "
+            f"the data of {source!r} cannot be read ({reason}). Build it where there is a network with `python "
             f"scripts/build_dataset.py --source {source} --output FOLDER`, then give the folder, or an official file: "
             f'--metadata \'{{"paths": {{"{source}": "FOLDER"}}}}\'.'
         ) from error
     if not rows:
         raise ValueError(f"the {split} split of {source!r} has no questions; give another `split` in --metadata.")
-    return {"test": datasets.Dataset.from_list(rows, features=FEATURES)}
+    return {"test": datasets.Dataset.from_list(sorted(rows, key=_place), features=FEATURES)}
+
+
+def _place(row: dict[str, Any]) -> bytes:
+    return hashlib.blake2b(f"{row['dataset']} {row['sample_idx']}".encode()).digest()
 
 
 def _rows(source: str, path: str | None, split: str) -> Iterator[dict[str, Any]]:

@@ -63,14 +63,12 @@ class FusionInDecoderLM(HFLM):
         return kept[None], len(kept)
 
     def _respond(self, request: Instance, act) -> Any:
-        """`act(encoder outputs)` as a response with its cost."""
+        """The response of `act(encoder outputs)`, which adds the time of the first logits and the generated tokens."""
         start = perf_counter()
         states, tokens = self.encode(self.passages(request))
-        response, figures = act(BaseModelOutput(last_hidden_state=states))
-        first = figures.pop("first", None)
-        if first is not None:
-            figures["time_to_first_token"] = first - start
-        return measured(response, Cost(tokens, tokens, **figures))
+        response, first, generated = act(BaseModelOutput(last_hidden_state=states))
+        cost = Cost(tokens, tokens, generated_tokens=generated, time_to_first_token=first - start)
+        return measured(response, cost)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """See `LM.generate_until`; one document at a time."""
@@ -79,7 +77,7 @@ class FusionInDecoderLM(HFLM):
             for request in tqdm(requests, desc="Generating", disable=self.rank != 0)
         ]
 
-    def _answer(self, options: dict, encoded: BaseModelOutput) -> tuple[str, dict]:
+    def _answer(self, options: dict, encoded: BaseModelOutput) -> tuple[str, float, int]:
         options = normalize_gen_kwargs(options, self.max_gen_toks)
         stop = handle_stop_sequences(options.pop("until", None), eos=None)
         most, first = options.pop("max_gen_toks"), FirstLogits(self.device)
@@ -91,7 +89,7 @@ class FusionInDecoderLM(HFLM):
         )[0].tolist()
         synchronize(self.device)
         text = postprocess_generated_text(self.tok_decode(output), stop, None)
-        return text, {"generated_tokens": len(output) - 1, "first": first.time}
+        return text, first.time, len(output) - 1
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """See `LM.loglikelihood`: of the continuation alone, from the decoder's start."""
@@ -101,11 +99,11 @@ class FusionInDecoderLM(HFLM):
         ]
 
     @torch.no_grad()
-    def _score(self, continuation: str, encoded: BaseModelOutput) -> tuple[tuple[float, bool], dict]:
+    def _score(self, continuation: str, encoded: BaseModelOutput) -> tuple[tuple[float, bool], float, None]:
         labels = self.tokenizer(continuation, return_tensors="pt").input_ids.to(self.device)
         logits = self.model(encoder_outputs=encoded, labels=labels).logits[0].float().log_softmax(-1)
         value = logits.gather(1, labels[0][:, None]).sum().item()
-        return (value, bool((logits.argmax(-1) == labels[0]).all())), {}
+        return (value, bool((logits.argmax(-1) == labels[0]).all())), perf_counter(), None
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Not defined for an encoder-decoder that was trained to answer.

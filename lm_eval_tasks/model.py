@@ -9,6 +9,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from accelerate.utils import gather_object
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
@@ -99,8 +100,9 @@ class XCLlamaLM(HFLM):
                 self.processor = AutoProcessor.from_pretrained(
                     pretrained, trust_remote_code=options.get("trust_remote_code", False)
                 )
+            cut = bool(options.get("truncation"))
             self.pool = ContextPool(
-                self.model, self.processor, context_cache_dir, cache_dtype, bool(options.get("truncation"))
+                self.model, self.processor, context_cache_dir, cache_dtype, cut, self.rank, self._gather
             )
 
     # a folder of added weights is loaded where HFLM asks for its config
@@ -134,11 +136,14 @@ class XCLlamaLM(HFLM):
 
             self._model = PeftModel.from_pretrained(self._model, peft)
 
+    def _gather(self, items: list) -> list:
+        return gather_object(items) if self.world_size > 1 else items
+
     def _texts(self, requests: Sequence[Instance]) -> list[Texts]:
         if self.context_mode == "none":
             return [() for _ in requests]
         if self.context_mode == "cross_shuffled":
-            return other_contexts(requests, self.shuffle_seed)
+            return other_contexts(requests, self.shuffle_seed, self._gather)
         return [contexts_of(request) for request in requests]
 
     def _row(self, prompt: str, request: Instance, texts: Texts, room: int, encode: Callable[[str], Row]) -> Row:
@@ -274,8 +279,8 @@ class XCLlamaLM(HFLM):
             prompt, continuation = request.args
             room = self.max_length + 1 - len(self.tok_encode(continuation, add_special_tokens=False))
             rows.append(self._row(prompt, request, own, room, partial(self._pair, continuation)))
-        pairs = zip(self._score(rows), self._costs(rows, hits), strict=True)
-        return [measured(value, cost) for value, cost in pairs]
+        scored = zip(self._score(rows), self._costs(rows, hits), strict=True)
+        return [measured(value, replace(cost, time_to_first_token=seconds)) for (value, seconds), cost in scored]
 
     def _pair(self, continuation: str, prompt: str) -> Row:
         if prompt:
@@ -286,19 +291,22 @@ class XCLlamaLM(HFLM):
             return Row(tuple(target[:1]), tuple(target[1:]))
         return Row((self.prefix_token_id,), tuple(target))
 
-    def _score(self, rows: Sequence[Row]) -> list[tuple[float, bool]]:
+    def _score(self, rows: Sequence[Row]) -> list[tuple[tuple[float, bool], float]]:
+        """((log-probability, is greedy), seconds that its batch took) of each row's continuation."""
         # choices of one token share their input: it goes through the model once
         distinct: dict[tuple, list[int]] = {}
         for index, row in enumerate(rows):
             distinct.setdefault((row.inputs, row.texts, row.prefix, len(row.continuation)), []).append(index)
         groups = list(distinct.values())
-        scores: list[tuple[float, bool] | None] = [None] * len(rows)
+        scores: list[tuple[tuple[float, bool], float] | None] = [None] * len(rows)
         for batch, context, prefix in self._batches([rows[group[0]] for group in groups], "Scoring"):
             batch_rows = [rows[groups[i][0]] for i in batch]
             targets = [[rows[index].continuation for index in groups[i]] for i in batch]
+            start = perf_counter()
             found = decoding.score(self.model, batch_rows, targets, self.tokenizer.pad_token_id, context, prefix)
+            seconds = perf_counter() - start
             for index, value in zip((index for i in batch for index in groups[i]), found, strict=True):
-                scores[index] = value
+                scores[index] = (value, seconds)
         return scores
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
@@ -307,7 +315,7 @@ class XCLlamaLM(HFLM):
         hits = self._fetch(texts)
         windows = [self._windows(request, own) for request, own in zip(requests, texts, strict=True)]
         scores = iter(self._score([row for rows in windows for row in rows]))
-        totals = [sum(next(scores)[0] for _ in rows) for rows in windows]
+        totals = [sum(next(scores)[0][0] for _ in rows) for rows in windows]
         costs = self._costs([rows[0] for rows in windows], hits)
         return [measured(float(total), cost) for total, cost in zip(totals, costs, strict=True)]
 
@@ -339,6 +347,7 @@ class XCLlamaLM(HFLM):
             "model_dtype": str(self.model.dtype),
             "context_mode": self.context_mode,
             "adapter": str(self._adapter) if self._adapter is not None else None,
+            "base_model": getattr(self.config, "base_model_name_or_path", None) or self.pretrained,
         }
         if self.context_mode in PROMPT_MODES:
             info["cache_bytes_per_token"] = self._bytes_per_token()

@@ -14,13 +14,18 @@ from typing import Any
 import numpy as np
 
 from lm_eval_tasks.cost import COST_METRICS
+from lm_eval_tasks.targets import targets
 
 QUALITY = ("f1", "acc", "exact_match", "answer_recall", "rouge_l", "bert_score", "meteor", "k_precision",
            "no_answer_accuracy", "bits_per_byte", "word_perplexity")  # fmt: skip
 RESAMPLES = 10_000
 PUBLISHED = Path(__file__).parent / "published.json"
+# what else a run tells of its contexts
+COUNTS = ("contexts", "contexts_encoded", "contexts_from_folder", "cache_bytes_per_token")
 # first minus second, where both were run on the same documents
-DIFFERENCES = (("cross", "cross_shuffled"), ("cross", "none"), ("cross", "prompt"), ("prompt", "none"))
+DIFFERENCES = (("cross", "none"), ("cross", "prompt"), ("cross", "LoRA / prompt"), ("prompt", "none"),
+               ("LoRA / prompt", "LoRA / none"))  # fmt: skip
+QUANTIZED = ("int8", "int4")
 
 
 @dataclass(frozen=True)
@@ -28,8 +33,9 @@ class Run:
     """One task evaluated one way.
 
     Args:
-        model: name of the model's last folder.
-        mode: its context mode.
+        model: name of the model's last folder; of its base, where nothing that was added takes part.
+        base: name of the frozen decoder.
+        mode: its context mode; "LoRA / ..." with an adapter.
         cache_dtype: of the encoded contexts; None where nothing is encoded.
         metrics: metric -> (value, standard error or None).
         samples: metric -> {document: value}; empty without a samples file.
@@ -39,6 +45,7 @@ class Run:
 
     task: str
     model: str
+    base: str
     mode: str
     cache_dtype: str | None
     metrics: dict[str, tuple[float, float | None]]
@@ -49,8 +56,7 @@ class Run:
     @property
     def method(self) -> str:
         """What a table's row is called."""
-        parts = [self.model, "LoRA" if self.config.get("adapter") else None, self.mode, self.cache_dtype]
-        return " / ".join(part for part in parts if part)
+        return " / ".join(part for part in (self.model, self.mode, self.cache_dtype) if part)
 
 
 def load_runs(folders: Iterable[Path]) -> list[Run]:
@@ -77,12 +83,18 @@ def _runs_of(path: Path) -> list[Run]:
     folder = Path(arguments.get("peft") or arguments.get("pretrained", config["model"]))
     # RUN/export is what training wrote of a run
     name = folder.parent.name if folder.name == "export" else folder.name
+    mode, base = config.get("context_mode", "prompt"), Path(config.get("base_model") or name).name
+    if config.get("adapter"):
+        mode = f"LoRA / {mode}"
+    elif mode in ("prompt", "prompt_kv", "none"):
+        name = base
     versions = {key: value for key, value in document.items() if key.endswith("_version")}
     origin = {
         "command": config.get("command"),
         "commit": document.get("git_hash"),
         "date": datetime.datetime.fromtimestamp(document["date"], datetime.UTC).isoformat(timespec="seconds"),
         "seed": config.get("torch_seed"),
+        "batch_size": config.get("batch_size"),
         "versions": versions,
     }
     runs = []
@@ -95,8 +107,7 @@ def _runs_of(path: Path) -> list[Run]:
                 metrics[metric] = (value, error if isinstance(error, int | float) else None)
         file = document.get("samples_files", {}).get(task)
         samples = {} if file is None else _samples(path.parent / file, tuple(metrics))
-        mode = config.get("context_mode", "prompt")
-        runs.append(Run(task, name, mode, config.get("cache_dtype"), metrics, samples, config, origin))
+        runs.append(Run(task, name, base, mode, config.get("cache_dtype"), metrics, samples, config, origin))
     return runs
 
 
@@ -129,18 +140,25 @@ def interval(run: Run, metric: str) -> tuple[float, float] | None:
 
 
 def summarize(runs: Sequence[Run]) -> dict[str, Any]:
-    """Figures of all runs, paired differences, and the published ones apart."""
+    """Figures of all runs, paired differences, what the project aims at, and the published figures apart."""
     entries = []
     for run in sorted(runs, key=lambda run: (run.task, run.method)):
-        quality = {metric: _figure(run, metric) for metric in QUALITY if metric in run.metrics}
         cost = {metric: run.metrics[metric][0] for metric in COST_METRICS if metric in run.metrics}
-        cost["cache_bytes_per_token"] = run.config.get("cache_bytes_per_token")
-        limit = run.config.get("limit")
         entries.append(
-            {"task": run.task, "method": run.method, "mode": run.mode, "limit": limit, "quality": quality,
-             "cost": cost, "origin": run.origin}
-        )  # fmt: skip
-    return {"runs": entries, "differences": differences(runs), "published": json.loads(PUBLISHED.read_text())}
+            {
+                "task": run.task,
+                "method": run.method,
+                "model": run.model,
+                "mode": run.mode,
+                "cache_dtype": run.cache_dtype,
+                "limit": run.config.get("limit"),
+                "quality": {metric: _figure(run, metric) for metric in QUALITY if metric in run.metrics},
+                "cost": cost | {name: run.config.get(name) for name in COUNTS},
+                "origin": run.origin,
+            }
+        )
+    published = json.loads(PUBLISHED.read_text())
+    return {"runs": entries, "differences": differences(runs), "targets": targets(entries), "published": published}
 
 
 def _figure(run: Run, metric: str) -> dict[str, Any]:
@@ -150,14 +168,11 @@ def _figure(run: Run, metric: str) -> dict[str, Any]:
 
 
 def differences(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Paired differences of F1 or accuracy between modes of one model, over the documents that both answered."""
+    """Paired differences of F1 or accuracy between methods on one base, over the documents that both answered."""
     found = []
     for first in runs:
         for second in runs:
-            same = (first.task, first.model) == (second.task, second.model)
-            pair = (first.mode, second.mode)
-            dtypes = {run.cache_dtype for run in (first, second)} - {None}
-            if not same or pair not in DIFFERENCES or len(dtypes) > 1:
+            if (first.task, first.base) != (second.task, second.base) or not _compared(first, second):
                 continue
             metric = next((name for name in QUALITY if name in first.samples and name in second.samples), None)
             if metric is None:
@@ -171,6 +186,19 @@ def differences(runs: Sequence[Run]) -> list[dict[str, Any]]:
     return found
 
 
+def _compared(first: Run, second: Run) -> bool:
+    """Whether `first` minus `second` says something."""
+    exact = first.cache_dtype not in QUANTIZED
+    if first.model == second.model and first.mode == "cross":
+        if second.mode == "cross_shuffled":
+            return first.cache_dtype == second.cache_dtype
+        if second.mode == "cross":
+            return not exact and second.cache_dtype not in QUANTIZED
+    if first.mode == second.mode == "cross":
+        return first.model > second.model and exact and first.cache_dtype == second.cache_dtype
+    return exact and (first.mode, second.mode) in DIFFERENCES
+
+
 def markdown(summary: dict[str, Any]) -> str:
     """The tables of a summary."""
     runs = summary["runs"]
@@ -178,9 +206,11 @@ def markdown(summary: dict[str, Any]) -> str:
     for title, metrics in (("F1, or accuracy of yes and no", ("f1", "acc")), ("BERTScore", ("bert_score",))):
         if any(metric in run["quality"] for run in runs for metric in metrics):
             parts += [f"{title} (95 % bootstrap interval over documents)\n", _quality_table(runs, metrics)]
-    parts += ["Cost, means over the documents of all tasks\n", _cost_table(runs)]
+    parts += ["Cost, means over the documents of all tasks; seconds are those of a whole batch\n", _cost_table(runs)]
     if summary["differences"]:
         parts += ["Paired differences on the same documents\n", _difference_table(summary["differences"])]
+    if summary["targets"]:
+        parts += ["Targets\n", _target_table(summary["targets"])]
     return "\n".join([*parts, _published_table(summary["published"])])
 
 
@@ -214,6 +244,8 @@ COST_COLUMNS = {
     "cache_hit": ("hits", "{:.2f}"),
     "time_to_first_token": ("s to first token", "{:.3f}"),
     "generated_tokens": ("generated tokens", "{:.1f}"),
+    "contexts_encoded": ("contexts encoded", "{:.0f}"),
+    "contexts_from_folder": ("from the folder", "{:.0f}"),
 }
 
 
@@ -237,6 +269,15 @@ def _difference_table(entries: list[dict]) -> str:
         for entry in entries
     ]  # fmt: skip
     return _table(["task", "difference", "metric", "value", "documents"], rows)
+
+
+def _target_table(entries: list[dict]) -> str:
+    rows = [
+        [entry["model"], entry["task"].removeprefix("xc_"), entry["target"], f"{entry['value']:.3f}",
+         f"{entry['relation']} {entry['required']:.3f}", "yes" if entry["met"] else "no"]
+        for entry in entries
+    ]  # fmt: skip
+    return _table(["checkpoint", "task", "target", "value", "required", "met"], rows)
 
 
 def _published_table(published: dict) -> str:

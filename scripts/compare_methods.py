@@ -1,7 +1,8 @@
 """The paper's comparison in one command: cross-attention, controls, prompt, LoRA, FiD; then the tables.
 
-python scripts/compare_methods.py --checkpoint checkpoints/xc-smollm2-135m --output runs/eval --tasks xc_offline
-    --limit 100 --batch_size 16 --results results/eval_xc-smollm2-135m.json   # others go to lm-eval
+python scripts/compare_methods.py --checkpoint checkpoints/xc-smollm2-135m --lora-prompt checkpoints/lora-prompt
+    --lora-closed-book checkpoints/lora-closed-book --tasks xc_squad_sample xc_coqa --control-tasks xc_squad_sample
+    --output runs/eval --results results --limit 150 --batch_size 8      # what is not listed below goes to lm-eval
 """
 
 import argparse
@@ -9,7 +10,8 @@ import sys
 from pathlib import Path
 
 from dataset_builders.provenance import write_result
-from lm_eval_tasks.comparison import METHODS, compare
+from lm_eval_tasks.comparison import Models, compare
+from lm_eval_tasks.plots import draw
 from lm_eval_tasks.tables import load_runs, markdown, summarize
 
 
@@ -18,24 +20,32 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--checkpoint", required=True, help="XC checkpoint: folder of added weights, or model repo")
-    parser.add_argument("--adapter", help="folder of a LoRA adapter: adds the method lora_prompt")
-    parser.add_argument("--fid", help="T5 Fusion-in-Decoder folder: adds the method fid")
-    parser.add_argument("--methods", nargs="+", help=f"default: {' '.join(METHODS)} and those whose model is given")
+    parser.add_argument("--checkpoint", nargs="+", required=True, help="XC models or folders of added weights")
+    parser.add_argument("--lora-prompt", help="folder of a LoRA trained with the contexts in its prompt")
+    parser.add_argument("--lora-closed-book", help="folder of a LoRA trained without the contexts")
+    parser.add_argument("--fid", help="T5 Fusion-in-Decoder folder")
+    parser.add_argument("--methods", nargs="+", help="default: all whose model is given")
+    parser.add_argument("--tasks", nargs="+", required=True, help="tasks or groups, as xc_offline")
+    parser.add_argument("--control-tasks", nargs="+", help="of cross_shuffled and quantized caches (default: --tasks)")
     parser.add_argument("--output", type=Path, required=True, help="folder of all runs; a second call goes on")
-    parser.add_argument("--results", type=Path, help="write all figures to this JSON, for cards")
+    parser.add_argument(
+        "--results", type=Path, help="folder for eval_CHECKPOINT.json and .png: the first one's hold all methods"
+    )
     own, shared = parser.parse_known_args()
-    given = {"lora_prompt": own.adapter, "fid": own.fid}
-    methods = own.methods or [*METHODS, *(method for method, model in given.items() if model)]
+    models = Models(own.checkpoint, own.lora_prompt, own.lora_closed_book, own.fid)
+    methods = own.methods or models.default_methods()
     try:
-        failures = compare(own.output, own.checkpoint, methods, shared, own.adapter, own.fid)
-        summary = summarize(load_runs([own.output]))
+        failures = compare(models, methods, own.output, own.tasks, own.control_tasks or own.tasks, shared)
+        first, *others = (Path(checkpoint).name for checkpoint in own.checkpoint)
+        folders = {first: [own.output]} | {name: [own.output / name, own.output / "baselines"] for name in others}
+        summaries = {name: summarize(load_runs(places)) for name, places in folders.items()}
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(markdown(summary))
-    if own.results:
-        write_result(own.results, summary, seed=0)
+    print(markdown(summaries[first]))
+    for name, summary in summaries.items() if own.results else ():
+        write_result(own.results / f"eval_{name}.json", summary, seed=0)
+        draw(summary, own.results / f"eval_{name}.png")
     return 1 if failures else 0
 
 

@@ -2,53 +2,28 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from transformers import PreTrainedTokenizerFast
+from datasets import Dataset
 
-from dataset_builders import FEATURES, SOURCES, read_source
+from dataset_builders import FEATURES, SOURCES, make_row, read_source
 from dataset_builders.wheels import cache_folder
-from lm_eval_tasks import command, comparison
+from lm_eval_tasks import command, documents
 from lm_eval_tasks.documents import load_documents
 from lm_eval_tasks.task import ContextTask
 from modeling_xcllama import XCLlamaProcessor
 
-FIXTURES = Path(__file__).parent / "fixtures"
+SUPPORT = runpy.run_path(str(Path(__file__).with_name("evaluation_support.py")))
+FIXTURES, TEMPLATE, word_tokenizer = SUPPORT["FIXTURES"], SUPPORT["TEMPLATE"], SUPPORT["word_tokenizer"]
+checkpoint, metadata, model_arguments = SUPPORT["checkpoint"], SUPPORT["metadata"], SUPPORT["model_arguments"]
+results, samples = SUPPORT["results"], SUPPORT["samples"]
 SMOLLM2 = cache_folder() / "models" / "SmolLM2-135M-Instruct"
 MODES = ("cross", "cross_shuffled", "prompt", "prompt_kv", "none")
-TEMPLATE = (
-    "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }} {% endfor %}"
-    "{% if add_generation_prompt %}[assistant]{% endif %}"
-)
-
-
-def word_tokenizer() -> PreTrainedTokenizerFast:
-    words = ["<pad>", "<s>", "</s>", "<unk>", "What", "Who", "is", "the", "a", "in", "of", "Question", "Answer", ":"]
-    tokenizer = Tokenizer(WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = Whitespace()
-    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=TEMPLATE, **special)
-
-
-@pytest.fixture
-def checkpoint(tmp_path, make_llama, make_model):
-    """Folder of a tiny random XC checkpoint whose base lies beside it."""
-    make_llama(max_position_embeddings=2048).save_pretrained(tmp_path / "base")
-    word_tokenizer().save_pretrained(tmp_path / "base")
-    make_model(str(tmp_path / "base"), context_layer=2).save_cross_attention(tmp_path / "xc")
-    return str(tmp_path / "xc")
-
-
-def metadata(**paths: str) -> str:
-    paths = {source: str(FIXTURES / name) for source, name in paths.items()}
-    return json.dumps({"paths": paths, "bertscore_model": "none", "split": "all"})
 
 
 @pytest.fixture
@@ -57,6 +32,8 @@ def run(monkeypatch, capsys):
 
     def call(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["xcllama-eval", *arguments])
+        # what the call before wrote
+        capsys.readouterr()
         code = command.main()
         captured = capsys.readouterr()
         # shown by pytest when the test fails
@@ -64,22 +41,6 @@ def run(monkeypatch, capsys):
         return code, captured.out, captured.err
 
     return call
-
-
-def model_arguments(checkpoint: str, mode: str = "cross", **options) -> list[str]:
-    values = {"pretrained": checkpoint, "context_mode": mode, "dtype": "float32", **options}
-    pairs = ",".join(f"{key}={value}" for key, value in values.items())
-    return ["--model", "xcllama", "--model_args", pairs, "--device", "cpu"]
-
-
-def results(folder: Path) -> dict:
-    (path,) = folder.rglob("results_*.json")
-    return json.loads(path.read_text())
-
-
-def samples(folder: Path, task: str) -> list[dict]:
-    (path,) = folder.rglob(f"samples_{task}_*.jsonl")
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -167,6 +128,70 @@ def test_bad_models_end_in_one_line(run, checkpoint, tmp_path):
         assert message in [line for line in err.splitlines() if line.startswith("error:")][-1]
 
 
+BARE_TASK = """
+task: bare
+dataset_path: json
+dataset_kwargs: {data_files: {test: QUESTIONS}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{question}}"
+doc_to_target: "{{answer}}"
+generation_kwargs: {until: ["\\n"], max_gen_toks: 2}
+metric_list: [{metric: exact_match}]
+"""
+
+
+def test_bad_documents_end_in_one_line(run, checkpoint, tmp_path):
+    (tmp_path / "questions.jsonl").write_text('{"question": "Who is the", "answer": "Who"}\n')
+    (tmp_path / "bare.yaml").write_text(BARE_TASK.replace("QUESTIONS", str(tmp_path / "questions.jsonl")))
+    row = make_row("squad_v2", "1", "Why?", ["word " * 3000], ["so"])
+    Dataset.from_list([row], features=FEATURES).to_parquet(tmp_path / "test-00000.parquet")
+    data = {"paths": {"squad_v2": str(tmp_path)}, "split": "test", "bertscore_model": "none"}
+    longer = "use context_mode=cross, add truncation=True to --model_args"
+    for task, mode, options, message in [
+        ("bare", "cross", {}, "has no contexts (field `contexts_list`)"),
+        ("bare", "prompt", {}, "has no contexts (field `contexts_list`)"),
+        ("bare", "none", {}, None),
+        ("xc_squad_v2", "prompt", {}, longer),
+        ("xc_squad_v2", "prompt_kv", {}, longer),
+        ("xc_squad_v2", "prompt_kv", {"truncation": "True"}, None),
+        # the decoder has 2,048 positions, the cache no such limit
+        ("xc_squad_v2", "cross", {}, None),
+    ]:
+        code, _, err = run(*model_arguments(checkpoint, mode, **options), "--tasks", task,
+                           "--include_path", str(tmp_path), "--metadata", json.dumps(data))  # fmt: skip
+        lines = [line for line in err.splitlines() if line.startswith("error:")]
+        assert code == int(message is not None)
+        assert len(lines) == code
+        assert not code or (lines[0].startswith(f"error: task {task}: ") and message in lines[0])
+
+
+def test_a_cache_folder_of_another_model_ends_in_one_line(run, checkpoint, tmp_path):
+    folder = tmp_path / "contexts"
+    folder.mkdir()
+    (folder / "contexts.json").write_text('{"fingerprint": "another", "dtype": "float32"}')
+    code, out, err = run(*model_arguments(checkpoint, context_cache_dir=folder), "--tasks", "xc_squad_v2")
+    assert code == 2
+    assert out == ""
+    (line,) = [line for line in err.splitlines() if line.startswith("error:")]
+    assert "holds contexts with fingerprint 'another'" in line
+
+
+def test_sampling_depends_on_the_seed_only(run, checkpoint, tmp_path):
+    answers = []
+    for number, seed in enumerate(("7", "7", "8")):
+        folder = tmp_path / str(number)
+        code, *_ = run(*model_arguments(checkpoint), "--tasks", "xc_squad_v2", "--limit", "2", "--seed", seed,
+                       "--gen_kwargs", "do_sample=True,temperature=1.0,top_k=0", "--output_path", str(folder),
+                       "--metadata", metadata(squad_v2="squad_v2.json"), "--log_samples")  # fmt: skip
+        assert code == 0
+        assert results(folder)["config"]["torch_seed"] == int(seed)
+        found = samples(folder, "xc_squad_v2")
+        assert len(found) == 2
+        answers.append([sample["resps"] for sample in found])
+    assert answers[0] == answers[1] != answers[2]
+
+
 def test_the_module_runs_from_anywhere(tmp_path):
     arguments = ["--model", "xcllama", "--model_args", "pretrained=x,context_mode=wrong", "--tasks", "xc_coqa"]
     done = subprocess.run(
@@ -190,21 +215,35 @@ def test_groups_and_tasks_fit_the_sources():
         for task in tasks:
             assert configs[task]["task"] == task
             assert configs[task]["dataset_kwargs"]["source"] in SOURCES
-            assert configs[task]["metadata"]["version"] == 1.0
+            assert configs[task]["metadata"]["version"] == 2.0
 
 
 def test_documents_of_a_built_folder(tmp_path):
-    from datasets import Dataset
-
     rows = list(read_source("squad_v2", str(FIXTURES / "squad_v2.json"), "all"))
     others = list(read_source("msmarco", str(FIXTURES / "msmarco.json"), "all"))
     (tmp_path / "mix").mkdir()
     Dataset.from_list(rows + others, features=FEATURES).to_parquet(tmp_path / "mix" / "test-00000.parquet")
     paths = {"squad_v2": str(tmp_path)}
-    assert load_documents("squad_v2", paths=paths)["test"].to_list() == rows
+    found = load_documents("squad_v2", paths=paths)["test"].to_list()
+    assert sorted(found, key=rows.index) == rows
     assert load_documents("squad_v2", paths=paths, max_documents=1)["test"].to_list() == rows[:1]
     with pytest.raises(ValueError, match="holds no train-.*build_dataset.py --source squad_v2"):
         load_documents("squad_v2", paths=paths, split="train")
+
+
+def test_a_limit_takes_a_sample_that_is_always_the_same(monkeypatch):
+    # as in a file: ten questions of each text in a row
+    rows = [
+        make_row("squad_v2", f"{text} {number}", "Why?", [f"Text {text}."], ["so"])
+        for text in range(8)
+        for number in range(10)
+    ]
+    monkeypatch.setattr(documents, "read_source", lambda *arguments: iter(rows))
+    found = load_documents("squad_v2")["test"]
+    assert sorted(found["sample_idx"]) == sorted(row["sample_idx"] for row in rows)
+    assert len({texts[0] for texts in found["contexts_list"][:10]}) >= 5
+    monkeypatch.setattr(documents, "read_source", lambda *arguments: iter(rows[::-1]))
+    assert load_documents("squad_v2")["test"].to_list() == found.to_list()
 
 
 def test_prompts_are_those_of_the_processor():
@@ -229,78 +268,8 @@ def test_prompts_are_those_of_the_processor():
 
 
 def command_documents(history):
-    from datasets import Dataset
-
-    from dataset_builders import FEATURES, make_row
-
     row = make_row("squad_v2", "1", "Where?", ["Ann was there."], ["there"])
     return {"test": Dataset.from_list([row | {"history": history}], features=FEATURES)}
-
-
-@pytest.mark.slow
-def test_two_processes_agree_with_one(checkpoint, tmp_path):
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    tail = ["-m", "lm_eval_tasks", *model_arguments(checkpoint), "--tasks", "xc_squad_v2", "--log_samples",
-            "--metadata", metadata(squad_v2="squad_v2.json"), "--output_path"]  # fmt: skip
-    accelerate = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--main_process_port",
-        "0",
-    ]
-    for name, head in (("one", [sys.executable]), ("two", accelerate)):
-        done = subprocess.run([*head, *tail, str(tmp_path / name)], capture_output=True, text=True, env=environment)
-        assert done.returncode == 0, done.stderr[-2000:]
-    answers = [
-        {sample["doc_id"]: sample["resps"] for sample in samples(tmp_path / name, "xc_squad_v2")}
-        for name in ("one", "two")
-    ]
-    assert answers[0] == answers[1]
-    assert results(tmp_path / "one")["results"]["xc_squad_v2"]["f1,none"] == pytest.approx(
-        results(tmp_path / "two")["results"]["xc_squad_v2"]["f1,none"]
-    )
-
-
-def test_comparison_commands(tmp_path):
-    arguments = comparison.method_command("cross_shuffled", tmp_path, "checkpoints/xc", None, None)
-    values = arguments[arguments.index("--model_args") + 1]
-    assert values == (
-        f"pretrained=checkpoints/xc,context_mode=cross_shuffled,context_cache_dir={tmp_path / 'contexts-auto'}"
-    )
-    assert (
-        "pretrained=lora,context_mode=prompt"
-        in comparison.method_command("lora_prompt", tmp_path, "x", "lora", None)[3]
-    )
-    assert comparison.method_command("fid", tmp_path, "x", None, "t5")[:4] == [
-        "--model",
-        "fid",
-        "--model_args",
-        "pretrained=t5",
-    ]
-    for method in ("lora_prompt", "fid", "telepathy"):
-        with pytest.raises(ValueError, match=f"method '{method}' is unknown or lacks its model"):
-            comparison.compare(tmp_path, "x", ["none", method], [])
-
-
-@pytest.mark.slow
-def test_comparison_in_one_command(checkpoint, tmp_path):
-    script = Path(__file__).parent.parent / "scripts" / "compare_methods.py"
-    call = [sys.executable, str(script), "--checkpoint", checkpoint, "--output", str(tmp_path / "runs"),
-            "--methods", "cross", "none", "--tasks", "xc_squad_v2", "--metadata", metadata(squad_v2="squad_v2.json"),
-            "--results", str(tmp_path / "eval.json"), "--device", "cpu"]  # fmt: skip
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    first, second = (subprocess.run(call, capture_output=True, text=True, env=environment) for _ in range(2))
-    assert first.returncode == 0, first.stderr[-2000:]
-    assert "xc / cross / float32" in first.stdout
-    figures = json.loads((tmp_path / "eval.json").read_text())
-    assert {run["mode"] for run in figures["runs"]} == {"cross", "none"}
-    assert [entry["second"] for entry in figures["differences"]] == ["xc / none"]
-    assert figures["provenance"]["command"].startswith("python")
-    assert second.stdout.count("done before") == 2
 
 
 @pytest.mark.slow

@@ -1,13 +1,17 @@
 """Metrics of answers: hand-worked cases and independent implementations."""
 
+import importlib
 import re
 import string
 from collections import Counter
 
+import nltk
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from nltk.corpus.reader.wordnet import WordNetCorpusReader
+from nltk.translate import meteor_score
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -145,6 +149,14 @@ def test_rouge_l_against_a_recursive_subsequence(prediction, answer):
     assert metrics.rouge_l(prediction, [answer]) == pytest.approx(expected)
 
 
+def test_answer_recall_of_hand_worked_cases():
+    # the longer answer is there by half, the other one whole; articles do not count
+    assert metrics.answer_recall("It was the red boat of Ann", ["a green boat", "the boat"]) == 1.0
+    assert metrics.answer_recall("Émile", ["e\u0301mile zola"]) == 0.5
+    assert metrics.answer_recall("", ["cat"]) == 0.0
+    assert metrics.answer_recall("", ["", "cat"]) == 1.0
+
+
 def test_rouge_l_takes_the_best_answer_and_reads_unicode():
     assert metrics.rouge_l("вчера в Москве", ["нет", "в Москве вчера"]) == pytest.approx(2 / 3)
     assert metrics.rouge_l("", ["cat"]) == 0.0
@@ -170,9 +182,16 @@ def tiny_encoder(tmp_path_factory):
 
 def test_bert_score_against_loops(tiny_encoder):
     score = BertScore(tiny_encoder)
+    vocabulary = {"cat": 4, "dog": 5, "black": 6, "sat": 7}
+    encoder = BertModel.from_pretrained(tiny_encoder, add_pooling_layer=False).eval()
+
+    @torch.no_grad()
+    def vectors(text):
+        states = encoder(torch.tensor([[vocabulary[word] for word in text.split()]])).last_hidden_state[0]
+        return [state / state.norm() for state in states]
 
     def loops(prediction, answer):
-        predicted, gold = score.embed(prediction), score.embed(answer)
+        predicted, gold = vectors(prediction), vectors(answer)
         precision = sum(max(float(p @ g) for g in gold) for p in predicted) / len(predicted)
         recall = sum(max(float(p @ g) for p in predicted) for g in gold) / len(gold)
         return 2 * precision * recall / (precision + recall)
@@ -194,11 +213,54 @@ def test_resources_can_be_left_out():
     assert "bert_score" not in resource_metrics("none")
 
 
-def test_meteor_of_equal_texts():
-    if not wordnet_installed():
-        pytest.skip("nltk has no WordNet here")
-    # one chunk of three matches: 1 - 0.5 * (1 / 3) ** 3
-    assert meteor("black cat sat", ["black cat sat"]) == pytest.approx(1 - 0.5 / 27)
+@pytest.fixture
+def two_word_wordnet(tmp_path, monkeypatch):
+    """A WordNet in its own file format that knows one thing: car and auto are the same."""
+    folder = tmp_path / "corpora" / "wordnet"
+    folder.mkdir(parents=True)
+    files = dict.fromkeys(["cntlist.rev", "index.sense"], "")
+    files |= {f"{part}.exc": "" for part in ("adj", "adv", "noun", "verb")}
+    files |= {f"{kind}.{part}": "" for kind in ("index", "data") for part in ("adj", "adv", "noun", "verb")}
+    files |= {"lexnames": "00\tnoun.all\t1\n", "data.adj": "  1 WordNet 3.0 Copyright\n"}
+    files["data.noun"] = "00000000 00 n 02 car 0 auto 0 000 | a vehicle  \n"
+    files["index.noun"] = "auto n 1 0 1 0 00000000  \ncar n 1 0 1 0 00000000  \n"
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    monkeypatch.setattr(nltk.data, "path", [str(tmp_path)])
+    monkeypatch.setattr(nltk.corpus, "wordnet", WordNetCorpusReader(str(folder), None))
+    # its functions have the reader as a default
+    importlib.reload(meteor_score)
+    yield
+    monkeypatch.undo()
+    importlib.reload(meteor_score)
+
+
+@pytest.mark.filterwarnings("ignore:The multilingual functions")
+@pytest.mark.parametrize(
+    ("prediction", "answers", "expected"),
+    [
+        # one chunk of three matches
+        ("black cat sat", ["The black cat sat."], 1 - 0.5 / 3**3),
+        # the same words in two chunks
+        ("sat black cat", ["black cat sat"], 1 - 0.5 * (2 / 3) ** 3),
+        # a stem: precision 1, recall 1/2, one chunk of one match
+        ("boat", ["red boats"], 0.5 / (0.9 + 0.1 * 0.5) * 0.5),
+        # a synonym, which is a match like any other
+        ("red car", ["red auto"], 1 - 0.5 / 2**3),
+        ("Ünïcode", ["nothing", "ünïcode!"], 0.5),
+        ("dog", ["cat"], 0.0),
+        ("", ["cat"], 0.0),
+        ("cat", [""], 0.0),
+    ],
+)
+def test_meteor(two_word_wordnet, prediction, answers, expected):
+    assert wordnet_installed()
+    assert meteor(prediction, answers) == pytest.approx(expected)
+
+
+def test_meteor_is_left_out_without_its_data(monkeypatch):
+    monkeypatch.setattr(nltk.data, "path", [])
+    assert "meteor" not in resource_metrics.__wrapped__("none")
 
 
 def test_shared_tokens_counts_multiplicity():

@@ -1,124 +1,22 @@
-"""The lm-eval model on a tiny checkpoint: against HFLM and the model called row by row; caches; refusals."""
+"""The lm-eval model on a tiny checkpoint: against HFLM and the model called row by row; costs; refusals."""
 
 import math
 import os
+import runpy
 import subprocess
 import sys
-from types import SimpleNamespace
+from pathlib import Path
 
 import pytest
 import torch
-from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM
 
-from lm_eval_tasks.contexts import contexts_of, other_contexts
-from lm_eval_tasks.model import XCLlamaLM
-from modeling_xcllama import XCLlamaForCausalLM
-
-CONTEXTS = ["Ann lives in Oslo.", "Bob has two red cars and a boat.", "The tower is 300 m high. It is old."]
-QUESTIONS = ["Where?", "Who has what?", "Where?", "How high is it?"]
-READS = [(0,), (1, 2), (2,), (0,)]
-TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<assistant>"
-GENERATION = {"until": ["\n"], "max_gen_toks": 6, "do_sample": False}
-
-
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: index for index, token in enumerate(["<pad>", "<s>", "</s>", *letters])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_max_length=512
-    )
-    fast.chat_template = TEMPLATE
-    return fast
-
-
-def save_base(folder, seed: int = 0) -> str:
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=259,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    base = LlamaForCausalLM(config)
-    with torch.no_grad():
-        for weight in base.parameters():
-            # large enough for answers to depend on what was read
-            weight.normal_(std=0.2) if weight.dim() == 2 else None
-    base.save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    root = tmp_path_factory.mktemp("models")
-    base = save_base(root / "base")
-    model = XCLlamaForCausalLM.from_decoder(base, context_layer=2, cross_attention_layers=[1, 2, 3])
-    torch.manual_seed(3)
-    with torch.no_grad():
-        for name, weight in model.added_parameters():
-            weight.normal_(std=0.3) if weight.dim() == 2 else weight.fill_(1.0) if "gate" in name else None
-    model.save_cross_attention(root / "xc")
-    return SimpleNamespace(base=base, xc=str(root / "xc"), root=root)
-
-
-@pytest.fixture
-def lm(folders):
-    def build(mode: str = "cross", pretrained: str | None = None, batch_size: int = 3, **options) -> XCLlamaLM:
-        return XCLlamaLM(
-            pretrained or folders.xc, mode, device="cpu", dtype="float32", batch_size=batch_size, **options
-        )
-
-    return build
-
-
-@pytest.fixture
-def hflm(folders):
-    return HFLM(pretrained=folders.base, device="cpu", dtype="float32", batch_size=2)
-
-
-def document(index: int) -> dict:
-    return {"question": QUESTIONS[index], "contexts_list": [CONTEXTS[i] for i in READS[index]], "history": []}
-
-
-def requests(kind: str, arguments, task: str = "task") -> list[Instance]:
-    return [
-        Instance(kind, document(index), value, 0, metadata=(task, index, 1))
-        for index, value in ((index, arguments(index)) for index in range(len(QUESTIONS)))
-    ]
-
-
-def plain(index: int) -> str:
-    return f"Question: {QUESTIONS[index]}\nAnswer:"
-
-
-def expanded(index: int) -> str:
-    texts = "".join(CONTEXTS[i] + "\n\n" for i in READS[index])
-    return f"Question: {texts}{QUESTIONS[index]}\nAnswer:"
-
-
-def generation(prompt=plain) -> list[Instance]:
-    return requests("generate_until", lambda index: (prompt(index), dict(GENERATION)))
-
-
-def choices(prompt=plain) -> list[Instance]:
-    return [
-        request
-        for continuation in (" yes", " no", " x", " y", "")
-        for request in requests("loglikelihood", lambda index, c=continuation: (prompt(index), c or " Oslo."))
-    ]
+SUPPORT = runpy.run_path(str(Path(__file__).with_name("evaluation_models.py")))
+CONTEXTS, READS, folders, lm, hflm = (SUPPORT[name] for name in ("CONTEXTS", "READS", "folders", "lm", "hflm"))
+requests, plain, expanded, generation, choices = (
+    SUPPORT[name] for name in ("requests", "plain", "expanded", "generation", "choices")
+)
 
 
 def close(ours, theirs) -> None:
@@ -186,44 +84,6 @@ def test_rolling_reads_the_context(lm, hflm):
     assert all(math.isfinite(value) for value in cross)
 
 
-def count_encoded(monkeypatch, model) -> list[int]:
-    counts, encode = [], model.model.encode_context
-
-    def counting(ids, mask=None):
-        counts.append(len(ids))
-        return encode(ids, mask)
-
-    monkeypatch.setattr(model.model, "encode_context", counting)
-    return counts
-
-
-def test_each_context_is_encoded_once_and_kept_on_disk(lm, tmp_path, monkeypatch):
-    first = lm(context_cache_dir=str(tmp_path / "kept"))
-    counts = count_encoded(monkeypatch, first)
-    answers = first.generate_until(generation())
-    scores = first.loglikelihood(choices())
-    assert sum(counts) == len(CONTEXTS)
-    assert [answer.cost.cache_hit for answer in answers] == [False, False, True, True]
-    assert all(score.cost.cache_hit for score in scores)
-    second = lm(context_cache_dir=str(tmp_path / "kept"))
-    counts = count_encoded(monkeypatch, second)
-    again = second.generate_until(generation())
-    assert counts == []
-    assert again == answers
-    assert all(answer.cost.cache_hit for answer in again)
-    assert second.get_model_info()["contexts_from_folder"] == len(CONTEXTS)
-
-
-def test_a_folder_of_another_model_or_dtype_is_refused(lm, folders, tmp_path):
-    lm(context_cache_dir=str(tmp_path / "kept")).generate_until(generation())
-    with pytest.raises(ValueError, match="holds contexts with dtype 'float32'.*'int8'"):
-        lm(context_cache_dir=str(tmp_path / "kept"), cache_dtype="int8")
-    other = XCLlamaForCausalLM.from_decoder(save_base(tmp_path / "other", seed=9), context_layer=2)
-    other.save_cross_attention(tmp_path / "other_xc")
-    with pytest.raises(ValueError, match="context_cache_dir.*fingerprint"):
-        lm(pretrained=str(tmp_path / "other_xc"), context_cache_dir=str(tmp_path / "kept"))
-
-
 def test_cost_of_an_answer(lm):
     full = lm().generate_until(generation())
     tokens = [sum(len(CONTEXTS[i].encode()) for i in reads) for reads in READS]
@@ -244,30 +104,6 @@ def test_cost_of_an_answer(lm):
     assert prefix[0].cost.cache_bytes == head * 2 * 4 * 2 * 8 * 4
     assert [answer.cost.cache_hit for answer in prefix] == [False, False, False, True]
     assert prefix[0].cost.context_tokens == len(CONTEXTS[0]) + 2
-
-
-def test_quantized_caches_change_little(lm):
-    exact = [value for value, _ in lm().loglikelihood(choices())]
-    int8 = [value for value, _ in lm(cache_dtype="int8").loglikelihood(choices())]
-    assert int8 != exact
-    assert int8 == pytest.approx(exact, abs=0.5)
-
-
-def test_shuffled_contexts_are_those_of_another_document(lm):
-    instances = generation()
-    other = other_contexts(instances, seed=0)
-    assert other == other_contexts(instances, seed=0)
-    for request, texts in zip(instances, other, strict=True):
-        assert not set(texts) & set(contexts_of(request))
-        assert texts in {contexts_of(each) for each in instances}
-    shuffled = lm("cross_shuffled").loglikelihood(choices())
-    cross = lm("cross").loglikelihood(choices())
-    assert all(abs(wrong[0] - right[0]) > 1e-5 for wrong, right in zip(shuffled, cross, strict=True))
-
-
-def test_shuffling_needs_another_document():
-    with pytest.raises(ValueError, match="no other context for document 0"):
-        other_contexts(generation()[:1], seed=0)
 
 
 def test_peft_adapter_in_prompt_mode(lm, folders, tmp_path, hflm):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from lm_eval_tasks import tables
+from lm_eval_tasks.plots import draw
 
 F1 = {"cross": [1.0, 0.5, 1.0, 0.0], "cross_shuffled": [0.0, 0.5, 0.0, 0.0]}
 
@@ -22,7 +23,8 @@ def write_run(folder, mode: str, date: float, values: list[float], samples: bool
         },
         "config": {
             "model": "xcllama", "model_args": {"pretrained": "checkpoints/xc"}, "context_mode": mode, "limit": 4,
-            "cache_dtype": "int8", "cache_bytes_per_token": 640, "command": f"run {mode}", "torch_seed": 1234,
+            "cache_dtype": "bfloat16", "cache_bytes_per_token": 640, "command": f"run {mode}", "torch_seed": 1234,
+            "contexts_encoded": 3,
         },
         "git_hash": "abc", "date": date, "transformers_version": "5",
     }  # fmt: skip
@@ -44,7 +46,7 @@ def test_runs_in_one_folder_keep_their_own_samples(folder):
     runs = {run.mode: run for run in tables.load_runs([folder])}
     for mode, values in F1.items():
         assert list(runs[mode].samples["f1"].values()) == values
-        assert runs[mode].method == f"xc / {mode} / int8"
+        assert runs[mode].method == f"xc / {mode} / bfloat16"
         assert runs[mode].origin["command"] == f"run {mode}"
 
 
@@ -86,13 +88,95 @@ def test_differences_are_paired(folder):
 def test_markdown(folder):
     text = tables.markdown(tables.summarize(tables.load_runs([folder])))
     measured, published = text.split("## Published")
-    assert "| xc / cross / int8 | 0.625 [" in measured
+    assert "| xc / cross / bfloat16 | 0.625 [" in measured
     assert "640" in measured
     assert "+0.500 [" in measured
     # the paper's numbers stand in their own section only
     assert "63.1" in published
     assert "63.1" not in measured
     assert "not measured here" in published
+
+
+def run(model: str, mode: str, values: list[float], dtype: str | None = None) -> tables.Run:
+    samples = {"f1": dict(enumerate(values))}
+    metrics = {"f1": (sum(values) / len(values), None)}
+    return tables.Run("xc_coqa", model, "base", mode, dtype, metrics, samples, {}, {})
+
+
+@pytest.fixture
+def comparison():
+    return [
+        run("xc", "cross", [0.6, 0.4], "bfloat16"),
+        run("xc", "cross", [0.6, 0.38], "int8"),
+        run("xc", "cross", [0.5, 0.4], "int4"),
+        run("xc", "cross_shuffled", [0.2, 0.2], "bfloat16"),
+        run("xc-condensed", "cross", [0.5, 0.47], "bfloat16"),
+        run("base", "prompt", [0.3, 0.5]),
+        run("base", "none", [0.0, 0.1]),
+        run("lora-prompt", "LoRA / prompt", [0.8, 0.6]),
+        run("lora-closed-book", "LoRA / none", [0.2, 0.0]),
+    ]
+
+
+def test_targets_by_hand(comparison):
+    found = {(row["model"], row["target"]): row for row in tables.summarize(comparison)["targets"]}
+    for model, target, value, required, met in [
+        ("xc", "F1 of the untuned prompt", 0.5, 0.4, True),
+        ("xc", "share of the LoRA prompt's F1", 0.5 / 0.7, 0.75, False),
+        # 0.5 - 0.2 against half of 0.7 - 0.1
+        ("xc", "F1 over another document's cache", 0.3, 0.3, True),
+        ("xc", "F1 lost by int8", 0.01, 0.005, False),
+        ("xc", "F1 lost by int4", 0.05, 0.02, False),
+        ("xc-condensed", "F1 lost by the condensed layout", 0.015, 0.02, True),
+        ("xc-condensed", "share of the LoRA prompt's F1", 0.485 / 0.7, 0.75, False),
+    ]:
+        row = found.pop((model, target))
+        assert (row["value"], row["required"]) == pytest.approx((value, required))
+        assert row["met"] == met or value == pytest.approx(required)
+    assert [model for model, _ in found] == ["xc-condensed"]
+
+
+def test_what_is_subtracted_from_what(comparison):
+    pairs = [(entry["first"], entry["second"]) for entry in tables.differences(comparison)]
+    own = [(first, second) for first, second in pairs if first.startswith("xc / cross")]
+    assert own == [
+        ("xc / cross / bfloat16", "xc / cross_shuffled / bfloat16"),
+        ("xc / cross / bfloat16", "base / prompt"),
+        ("xc / cross / bfloat16", "base / none"),
+        ("xc / cross / bfloat16", "lora-prompt / LoRA / prompt"),
+        ("xc / cross / int8", "xc / cross / bfloat16"),
+        ("xc / cross / int4", "xc / cross / bfloat16"),
+    ]
+    assert ("xc-condensed / cross / bfloat16", "xc / cross / bfloat16") in pairs
+    assert ("lora-prompt / LoRA / prompt", "lora-closed-book / LoRA / none") in pairs
+    assert ("base / prompt", "base / none") in pairs
+    assert len(pairs) == len(own) + 6
+
+
+def test_plot(comparison, tmp_path):
+    summary = tables.summarize(comparison[3:])
+    sizes = {"cross": 1152, "cross_shuffled": 1152, "prompt": 23040, "LoRA / prompt": 23040}
+    for entry in summary["runs"]:
+        entry["cost"]["cache_bytes_per_token"] = sizes.get(entry["mode"])
+    draw(summary, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    assert not (tmp_path / ".plot.png.partial").exists()
+    with pytest.raises(ValueError, match="nothing to plot"):
+        draw({"runs": []}, tmp_path / "none.png")
+
+
+def test_baselines_bear_the_name_of_the_base(tmp_path):
+    write_run(tmp_path / "model", "prompt", 1.0, [1.0])
+    (path,) = tmp_path.rglob("results_*.json")
+    document = json.loads(path.read_text())
+    document["config"] |= {"base_model": "org/base", "cache_dtype": None}
+    path.write_text(json.dumps(document))
+    assert tables.load_runs([tmp_path])[0].method == "base / prompt"
+    document["config"] |= {"adapter": "runs/lora-prompt/export"}
+    document["config"]["model_args"] = {"pretrained": "runs/lora-prompt/export"}
+    path.write_text(json.dumps(document))
+    (found,) = tables.load_runs([tmp_path])
+    assert (found.method, found.base) == ("lora-prompt / LoRA / prompt", "base")
 
 
 def test_a_folder_without_results_says_so(tmp_path):
