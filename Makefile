@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-slow test-browser space bench bench-quick lint style models fuzz kernels-inspect train-small train-smoke publish-dry-run clean
+.PHONY: demo test test-slow test-browser space bench bench-quick lint style models fuzz kernels-inspect train-small train-smoke evaluate-small publish-dry-run clean
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -67,6 +67,14 @@ train-small: models
 	done
 	$(BIN)/python scripts/train.py --recipe training/recipes/xc-smollm2-135m.yaml --no-training \
 		--export checkpoints/xc-smollm2-135m --results results
+
+# hours on one core; what was evaluated before is not evaluated again
+evaluate-small: models
+	$(BIN)/python scripts/compare_methods.py --device cpu --batch_size 8 --limit 150 --output runs/eval --results results \
+		--checkpoint checkpoints/xc-smollm2-135m checkpoints/xc-smollm2-135m-condensed checkpoints/xc-enc-minilm \
+		--lora-prompt checkpoints/lora-prompt --lora-closed-book checkpoints/lora-closed-book \
+		--methods none prompt lora_closed_book lora_prompt cross cross_shuffled cross_int8 cross_int4 \
+		--tasks xc_squad_sample xc_coqa xc_drop xc_boolq xc_biomedical --control-tasks xc_squad_sample
 
 train-smoke: models
 	rm -rf runs/smoke

@@ -71,6 +71,11 @@ def source(name: str, result: dict) -> str:
     return f"\n`results/{name}.json`: {made}."
 
 
+def cell(value: float | None, form: str) -> str:
+    """A number in `form`; empty where there is none."""
+    return "" if value is None else format(value, form)
+
+
 def demo_table() -> str:
     """The figures and answers of `make demo`."""
     result = read_result(RESULTS, "demo")
@@ -96,19 +101,51 @@ def demo_table() -> str:
 
 
 def evaluation_table() -> str:
-    """F1 and bytes a token of every method on the held-out questions."""
+    """Quality and cost of every method on the held-out questions, and what the project aims at."""
     name = "eval_xc-smollm2-135m"
     result = read_result(RESULTS, name)
     if result is None:
-        return "Not measured yet: `python scripts/compare_methods.py` (see its help)."
-    lines = ["| method | task | questions | F1 or accuracy | 95 % interval | exact match |", "|---|---|" + "---:|" * 4]
+        return "Not measured yet: `make evaluate-small`."
+    lines = [
+        "| method | task | questions | F1 or accuracy | 95 % interval | exact | bytes a token | s to first token |",
+        "|---|---|" + "---:|" * 6,
+    ]
     for run in scored_runs(result):
-        figure, exact = run["score"], run["quality"].get("exact_match")
+        figure, exact, cost = run["score"], run["quality"].get("exact_match", {}), run["cost"]
         low, high = figure["interval"]
         lines.append(
             f"| {run['method']} | {run['task']} | {figure['documents']} | {figure['value']:.3f} "
-            f"| {low:.3f} to {high:.3f} | {'' if exact is None else format(exact['value'], '.3f')} |"
+            f"| {low:.3f} to {high:.3f} | {cell(exact.get('value'), '.3f')} "
+            f"| {cell(cost.get('cache_bytes_per_token'), ',.0f')} | {cell(cost.get('time_to_first_token'), '.2f')} |"
         )
+    if aims := result.get("targets"):
+        lines += ["", "| checkpoint | task | target | value | required | met |", "|---|---|---|---:|---:|---|"]
+        lines += [
+            f"| {aim['model']} | {aim['task']} | {aim['target']} | {aim['value']:.3f} "
+            f"| {aim['relation']} {aim['required']:.3f} | {'yes' if aim['met'] else 'no'} |"
+            for aim in aims
+        ]
+    return "\n".join(lines) + "\n" + source(name, result)
+
+
+def offline_table() -> str:
+    """What each mode of the evaluation did in its shown run: tasks, contexts encoded or found on disk, cost."""
+    name = "eval_offline_limit20"
+    result = read_result(RESULTS, name)
+    if result is None:
+        return "Not measured yet."
+    fields = {"context_tokens": ",.0f", "cache_bytes_per_token": ",.0f", "time_to_first_token": ".2f"}
+    lines = [
+        "| method | tasks | contexts encoded | from the folder | context tokens | bytes a token | s to first token |",
+        "|---|" + "---:|" * 6,
+    ]
+    for method in dict.fromkeys(run["method"] for run in result["runs"]):
+        costs = [run["cost"] for run in result["runs"] if run["method"] == method]
+        cells = [str(costs[0][field] or 0) for field in ("contexts_encoded", "contexts_from_folder")]
+        for field, form in fields.items():
+            known = [cost[field] for cost in costs if cost.get(field) is not None]
+            cells.append(cell(sum(known) / len(known) if known else None, form))
+        lines.append(f"| {method} | {len(costs)} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n" + source(name, result)
 
 
@@ -216,6 +253,7 @@ TABLES = {
     "bytes": bytes_table,
     "demo": demo_table,
     "evaluation": evaluation_table,
+    "offline": offline_table,
     "store": store_table,
     "speed": speed_table,
     "kernels": kernels_table,
