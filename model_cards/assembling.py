@@ -24,7 +24,14 @@ from dataset_builders.card import render_card
 from dataset_builders.writing import read_table
 from model_cards import checking
 from model_cards.checking import answer, require_equal, run_clean
-from model_cards.model_card import adapter_card, checkpoint_card, conversion_card, eval_results_yaml, read_result
+from model_cards.model_card import (
+    DEFAULT,
+    adapter_card,
+    checkpoint_card,
+    conversion_card,
+    eval_results_yaml,
+    read_result,
+)
 from model_cards.rendering import check_card
 from model_cards.running_space import ask, served_clean
 from modeling_xcllama import XCLlamaForCausalLM
@@ -107,17 +114,21 @@ def assemble_model(
         raise ValueError(f"{source} is a whole model: say with --original where its checkpoint came from.")
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
+    if original is None:
+        _add_records(source, folder, read_result(results, f"eval_{source.name}"))
+    (folder / "README.md").write_text(card)
+    return model, processor
+
+
+def _add_records(source: Path, folder: Path, evaluation: dict | None) -> None:
+    """What an exported checkpoint has beside its weights, the licence of the code, and `.eval_results`."""
     for name in RECORDS:
         if (source / name).is_file():
             shutil.copy(source / name, folder)
-    if original is None:
-        shutil.copy(ROOT / "LICENSE", folder)
-        evaluation = read_result(results, f"eval_{source.name}")
-        if evaluation is not None and (entries := eval_results_yaml(evaluation, source.name)):
-            (folder / ".eval_results").mkdir()
-            (folder / ".eval_results" / "xcllama.yaml").write_text(entries)
-    (folder / "README.md").write_text(card)
-    return model, processor
+    shutil.copy(ROOT / "LICENSE", folder)
+    if entries := eval_results_yaml(evaluation, source.name):
+        (folder / ".eval_results").mkdir()
+        (folder / ".eval_results" / "xcllama.yaml").write_text(entries)
 
 
 def check_model(folder: Path, model, processor) -> None:
@@ -147,10 +158,10 @@ def assemble_adapter(source: Path, folder: Path, repo_id: str, results: Path):
     require_base(source, expected, weights_digest(model.named_parameters()))
     tokenizer.chat_template = (source / "chat_template.jinja").read_text()
     tokenizer.save_pretrained(folder)
-    for name in ("adapter_config.json", "adapter_model.safetensors", *RECORDS):
-        if (source / name).is_file():
-            shutil.copy(source / name, folder)
-    shutil.copy(ROOT / "LICENSE", folder)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(source / name, folder)
+    # baselines are evaluated beside the checkpoint that is compared with them
+    _add_records(source, folder, read_result(results, f"eval_{DEFAULT}"))
     (folder / "README.md").write_text(card)
     return PeftModel.from_pretrained(model, source).eval(), tokenizer, where
 

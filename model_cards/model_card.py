@@ -104,7 +104,7 @@ def eval_results(evaluation: dict[str, Any] | None, name: str) -> list[EvalResul
     ]
 
 
-def eval_results_yaml(evaluation: dict[str, Any], name: str) -> str:
+def eval_results_yaml(evaluation: dict[str, Any] | None, name: str) -> str:
     """The content of `.eval_results/xcllama.yaml`; '' where the published model itself was not measured."""
     entries = [
         EvalResultEntry(

@@ -19,7 +19,7 @@ assert importlib.util.find_spec("modeling_xcllama") is None
 sys.path.insert(0, sys.argv[1])
 runpy.run_path(sys.argv[1] + "/app.py", run_name="__main__")
 """
-PATIENCE_SECONDS = 300.0
+PATIENCE_SECONDS = 600.0
 
 
 @contextmanager

@@ -193,6 +193,8 @@ def upload(api: HfApi, folder: Path, target: Target, changes: Changes, message: 
             commit = info.oid
             if target.create_pr:
                 return info.pr_url
+    if target.create_pr:
+        raise ValueError(f"{target.repo_id} has all of this already: there is nothing to open a pull request for.")
     with one_line(f"{target.repo_id} has the new commit {commit}, but"):
         if target.card_on_main:
             # where it is the same already, the client makes no commit

@@ -113,6 +113,9 @@ def test_a_pull_request_leaves_branch_and_tags(server, folder):
     (folder / "config.json").write_text('{"a": 1}')
     assert push(folder, model_target("asked", tag="v2", create_pr=True)).endswith("/discussions/1")
     assert tree("tester/asked") == before
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="there is nothing to open a pull request for"):
+        push(folder, model_target("asked", tag="v2", create_pr=True))
     assert [tag.name for tag in HfApi().list_repo_refs("tester/asked").tags] == ["v1"]
 
 

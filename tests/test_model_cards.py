@@ -292,6 +292,7 @@ def test_an_adapter_is_assembled_and_answers(tmp_path, monkeypatch):
     assert card.count("| lora-prompt / LoRA / prompt |") == len(own) > 0
     assert len(ModelCard(card).data.eval_results) >= len(own)
     assert not (tmp_path / "repo" / "config.json").exists()
+    assert len(yaml.safe_load((tmp_path / "repo" / ".eval_results" / "xcllama.yaml").read_text())) == len(own)
     trained = json.loads((adapter / "training.json").read_text())
     (adapter / "training.json").write_text(json.dumps(trained | {"base_digest": "0" * 64}))
     with pytest.raises(ValueError, match="was trained on a base of digest 000000000000"):
