@@ -1,5 +1,7 @@
 """Initial weights of the added modules, taken from the decoder's own self-attention."""
 
+import copy
+
 import torch
 from torch import Tensor, nn
 
@@ -26,7 +28,8 @@ def dense_weight(linear: nn.Linear) -> Tensor:
     if type(linear) is nn.Linear and type(linear.weight) is nn.Parameter:
         return linear.weight
     identity = torch.eye(linear.in_features, device=linear.weight.device, dtype=torch.bfloat16)
-    output = linear(identity)
+    # a copy: bitsandbytes packs a weight anew when it is first used, and the digest is of the weight as it was loaded
+    output = copy.deepcopy(linear)(identity)
     return (output if linear.bias is None else output - linear.bias).T
 
 
