@@ -77,6 +77,16 @@ def test_projection_of_strided_rows_and_weight():
     )
 
 
+def test_projection_of_addresses_beyond_32_bits():
+    # memory that is never touched costs nothing, so nothing may fill it
+    torch.use_deterministic_algorithms(False)
+    states, scale, _ = quantized(2, 1, 64, 8)
+    weight = torch.randn(3, 64)
+    far = torch.empty(2**31 + 16 + 64, dtype=torch.int8).as_strided((2, 1, 64), (2**31 + 16, 64, 1)).copy_(states)
+    rows = torch.empty(2 * (2**30 + 16) + 64).as_strided((3, 64), (2**30 + 16, 1)).copy_(weight)
+    assert torch.equal(project_quantized(far, scale, None, rows), project_quantized(states, scale, None, weight))
+
+
 def test_projection_of_no_tokens():
     states, scale, _ = quantized(0, 1, 64, 8)
     assert project_quantized(states, scale, None, torch.randn(3, 64)).shape == (0, 3)

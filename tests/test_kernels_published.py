@@ -63,10 +63,9 @@ def test_loads_in_a_clean_process(repository, tmp_path, way):
 
 
 ORDER = """
-import os
-from transformers.utils import logging
+import logging, os
 from modeling_xcllama import cross_attention
-logging.set_verbosity_info()
+logging.basicConfig(level=logging.INFO)
 folder = {root!r}
 for environment, inside in [
     ({{"LOCAL_KERNELS": "xcllama/xcllama-kernels=" + folder}}, True),
