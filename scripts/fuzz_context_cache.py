@@ -10,8 +10,8 @@ error and leaves the input in the working folder.
 import argparse
 import json
 import os
-import platform
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -136,19 +136,13 @@ def main() -> None:
     (folder / "corpus").mkdir()
     seeds = write_seeds(folder / "corpus")
     command = [sys.executable, __file__, "--seconds", str(arguments.seconds), "--child", str(folder)]
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     started = time.time()
     done = subprocess.run(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     findings = sorted(file.name for file in folder.glob("finding-*"))
     runs = re.search(r"stat::number_of_executed_units:\s*(\d+)", done.stderr)
     covered = re.findall(r"cov: (\d+)", done.stderr)
-    result = {
-        "command": f"python scripts/fuzz_context_cache.py --seconds {arguments.seconds}",
-        "commit": commit,
-        "machine": {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()},
-        "date": time.strftime("%Y-%m-%d", time.gmtime(started)),
-        "versions": {name: version(name) for name in ("atheris", "torch", "safetensors")},
-        "seed": "libFuzzer's own, random",
+    figures = {
+        "atheris": version("atheris"),
         "seconds": round(time.time() - started),
         "seed_files": seeds,
         "inputs": int(runs[1]) if runs else None,
@@ -156,14 +150,16 @@ def main() -> None:
         "findings": findings,
         "exit_code": done.returncode,
     }
-    print(json.dumps(result, indent=2))
+    print(json.dumps(figures, indent=1))
     if arguments.output:
-        partial = arguments.output.with_suffix(".partial")
-        partial.write_text(json.dumps(result, indent=2) + "\n")
-        os.replace(partial, arguments.output)
+        # not in the child, whose memory is bounded
+        from dataset_builders.provenance import write_result
+
+        write_result(arguments.output, figures)
     if done.returncode or findings:
         print(done.stderr[-4000:], file=sys.stderr)
         raise SystemExit(f"findings in {folder}: {findings or done.returncode}")
+    shutil.rmtree(folder)
 
 
 if __name__ == "__main__":
