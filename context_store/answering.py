@@ -15,7 +15,7 @@ from transformers import DynamicCache
 from modeling_xcllama.context_cache import ContextCache
 
 from .counters import Counters
-from .reading import ReadableStore
+from .readable import ReadableStore
 from .searching import Hit
 
 REPEATS = 3

@@ -315,7 +315,8 @@ class Catalogue:
     def touch(self, used: dict[int, float]) -> None:
         """Record when documents were last used, by their numbers."""
         with self.transaction() as connection:
-            rows = [(moment, number) for number, moment in used.items()]
+            # a copy first: a thread that reads may still note a use
+            rows = [(moment, number) for number, moment in list(used.items())]
             connection.executemany("UPDATE documents SET last_used = MAX(last_used, ?) WHERE document = ?", rows)
 
     def update(self, changes: Sequence[tuple[str, str, float]]) -> None:

@@ -2,6 +2,7 @@
 
 import threading
 from bisect import bisect_left
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -13,6 +14,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 
 LATENCY_BUCKETS = (0.0001, 0.001, 0.01, 0.1, 1.0, 10.0)
 OPERATIONS = ("get", "search", "encode", "write")
+GETS_KEPT = 1000
 
 
 @dataclass
@@ -45,28 +47,43 @@ class Metrics:
 
     def __init__(self, namespace: str):
         self.namespace = namespace
-        self.total = Counters()
+        self._total = Counters()
         self._lock = threading.Lock()
         self._request: ContextVar[Counters | None] = ContextVar("request", default=None)
         self._buckets = {name: [0] * (len(LATENCY_BUCKETS) + 1) for name in OPERATIONS}
+        # (documents, bytes, seconds) of gets that are not counted yet
+        self._gets: deque[tuple[int, int, float]] = deque()
+
+    @property
+    def total(self) -> Counters:
+        """All counts."""
+        self._count_gets()
+        return self._total
 
     def add(self, **amounts: float) -> None:
         """Count for the store and for the request that is being served."""
         request = self._request.get()
         with self._lock:
-            self.total.add(**amounts)
+            self._total.add(**amounts)
             if request is not None:
                 request.add(**amounts)
 
     def got(self, documents: int, nbytes: int, seconds: float) -> None:
-        """Count one `get`: the shortest way, as a warm one takes some ten microseconds."""
+        """Note one `get`, the shortest way: a warm one takes a few microseconds."""
+        self._gets.append((documents, nbytes, seconds))
         request = self._request.get()
+        if request is not None:
+            with self._lock:
+                request.add(hits=documents, bytes_read=nbytes, get_seconds=seconds)
+        if len(self._gets) > GETS_KEPT:
+            self._count_gets()
+
+    def _count_gets(self) -> None:
         with self._lock:
-            for counters in (self.total,) if request is None else (self.total, request):
-                counters.hits += documents
-                counters.bytes_read += nbytes
-                counters.get_seconds += seconds
-            self._buckets["get"][bisect_left(LATENCY_BUCKETS, seconds)] += 1
+            for _ in range(len(self._gets)):
+                documents, nbytes, seconds = self._gets.popleft()
+                self._total.add(hits=documents, bytes_read=nbytes, get_seconds=seconds)
+                self._buckets["get"][bisect_left(LATENCY_BUCKETS, seconds)] += 1
 
     @contextmanager
     def request(self) -> Iterator[Counters]:
@@ -95,13 +112,13 @@ class Metrics:
 
     def collect(self, totals: dict[str, int]) -> Iterator:
         """Prometheus metric families (the collector interface of prometheus_client)."""
-        labels = {"namespace": self.namespace}
+        labels, total = {"namespace": self.namespace}, self.total
         for field in fields(Counters):
             if not field.name.endswith("_seconds"):
                 family = CounterMetricFamily(
                     f"xcllama_store_{field.name}", field.name.replace("_", " "), labels=labels
                 )
-                family.add_metric(list(labels.values()), getattr(self.total, field.name))
+                family.add_metric(list(labels.values()), getattr(total, field.name))
                 yield family
         for operation in OPERATIONS:
             family = HistogramMetricFamily(f"xcllama_store_{operation}_seconds", f"time of {operation}", labels=labels)
@@ -109,7 +126,7 @@ class Metrics:
             for bound, count in zip((*LATENCY_BUCKETS, "+Inf"), self._buckets[operation], strict=True):
                 cumulated += count
                 counts.append((str(bound), cumulated))
-            seconds = getattr(self.total, f"{operation}_seconds")
+            seconds = getattr(total, f"{operation}_seconds")
             family.add_metric(list(labels.values()), counts, sum_value=seconds)
             yield family
         for name, value in totals.items():

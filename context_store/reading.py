@@ -2,29 +2,26 @@
 
 import threading
 import time
-from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import islice
-from time import perf_counter
+from operator import attrgetter
 
 import numpy
 from torch import Tensor
 
 from modeling_xcllama.context_cache import ContextCache
 
-from .catalogue import Catalogue
-from .counters import Counters, Metrics
+from .catalogue import FOREVER, Catalogue
+from .counters import Metrics
 from .locations import Location
-from .pending import VerifyReport
-from .searching import Hit, search
 from .shards import DamagedShardError, MappedShard, cache_of_parts, offsets_of
 
 OPEN_SHARDS = 256
 VIEWS = 4096
 ATTEMPTS = 5
+SHARD = attrgetter("shard")
 
 
 class MissingDocumentError(KeyError):
@@ -60,6 +57,12 @@ class View:
     cache: ContextCache | None = None
 
 
+class Views(dict[str, View]):
+    """Documents by id that were read under one version of the catalogue; good `until` the first of them expires."""
+
+    until = FOREVER
+
+
 class ShardReader:
     """The open shards of a namespace, and reading documents from them.
 
@@ -78,7 +81,7 @@ class ShardReader:
         self._metrics = metrics
         self._shards: OrderedDict[int, MappedShard] = OrderedDict()
         # of the version of the catalogue that they were read under
-        self._views: dict[str, View] = {}
+        self._views = Views()
         self._version = -1
         self._lock = threading.Lock()
         self.token_bytes = 0
@@ -95,7 +98,7 @@ class ShardReader:
                 self._shards.move_to_end(number)
         if shard is not None:
             try:
-                shard.check()
+                shard.check(time.monotonic())
                 return shard
             except DamagedShardError:
                 self.forget(number)
@@ -114,7 +117,7 @@ class ShardReader:
     def forget(self, number: int) -> None:
         """Close a shard; what `read` gave stays valid."""
         with self._lock:
-            self._views = {}
+            self._views = Views()
             self._shards.pop(number, None)
 
     def refresh(self) -> None:
@@ -122,7 +125,7 @@ class ShardReader:
         self._catalogue.refresh()
         if self._version != self._catalogue.version:
             with self._lock:
-                self._version, self._views = self._catalogue.version, {}
+                self._version, self._views = self._catalogue.version, Views()
                 numbers = list(self._shards)
             live = set(self._catalogue.live_shards()) if numbers else set()
             for number in set(numbers) - live:
@@ -152,37 +155,32 @@ class ShardReader:
         """
         self.refresh()
         views = self._known(ids) or self._look_up(ids, where)
-        if len(views) == 1 and views[0].cache is not None:
-            return views[0].cache, views
-        unique = sorted(set(views), key=lambda view: (view.place.shard, view.place.start))
-        rows = None
-        if unique != views:
-            position = {view: index for index, view in enumerate(unique)}
-            rows = tuple((position[view],) for view in views)
-        offsets = offsets_of(view.place.tokens for view in unique)
-        cache = cache_of_parts(gather(unique, offsets), offsets, fingerprint, rows)
-        if len(views) == 1:
-            views[0].cache = cache
-        return cache, views
+        if len(views) > 1:
+            return join(views, fingerprint), views
+        (view,) = views
+        if view.cache is None:
+            view.cache = join(views, fingerprint)
+        return view.cache, views
 
     def _known(self, ids: Sequence[str]) -> list[View] | None:
         """Views of documents that were all read before, if they and their shards are unchanged."""
-        views, now = [], time.time()
-        for document_id in ids:
-            view = self._views.get(document_id)
-            if view is None or view.place.expires <= now:
-                return None
-            views.append(view)
+        kept = self._views
+        if time.time() >= kept.until:
+            return None
         try:
-            for shard in {view.shard for view in views}:
-                shard.check()
-        except DamagedShardError:
+            # without a frame of Python a document: this is most of what a warm read costs
+            views = list(map(kept.__getitem__, ids))
+            now = time.monotonic()
+            for shard in set(map(SHARD, views)):
+                shard.check(now)
+        except (KeyError, DamagedShardError):
             return None
         return views
 
     def _look_up(self, ids: Sequence[str], where: str) -> list[View]:
         """Views of documents by the catalogue, checksums compared."""
-        kept = self._views
+        kept = self._views if time.time() < self._views.until else Views()
+        self._views = kept
         for attempt in range(ATTEMPTS):
             locations = self.locate(ids, where)
             damaged, shards = self._check(set(locations))
@@ -206,7 +204,8 @@ class ShardReader:
             views[name] = View(place, shard, rows)
         if kept is self._views:
             if len(kept) + len(views) > VIEWS:
-                kept.clear()
+                self._views = kept = Views()
+            kept.until = min(kept.until, *(view.place.expires for view in views.values()))
             kept.update(islice(views.items(), VIEWS))
         return [views[name] for name in ids]
 
@@ -234,6 +233,17 @@ class ShardReader:
         return damaged, shards
 
 
+def join(views: Sequence[View], fingerprint: str) -> ContextCache:
+    """One row a view, each document stored once."""
+    unique = list(dict.fromkeys(views))
+    rows = None
+    if len(unique) < len(views):
+        position = {view: index for index, view in enumerate(unique)}
+        rows = tuple((position[view],) for view in views)
+    offsets = offsets_of([view.place.tokens for view in unique])
+    return cache_of_parts(gather(unique, offsets), offsets, fingerprint, rows)
+
+
 def gather(views: Sequence[View], offsets: Sequence[int]) -> dict[str, Tensor]:
     """The parts of documents, `offsets` apart: views of the mapped shard if they lie there so, else one copy."""
     shard, start = views[0].shard, views[0].place.start
@@ -243,104 +253,3 @@ def gather(views: Sequence[View], offsets: Sequence[int]) -> dict[str, Tensor]:
     return {
         name: part.tensor(numpy.concatenate([view.rows[name] for view in views])) for name, part in shard.parts.items()
     }
-
-
-class ReadableStore(ABC):
-    """Reading and searching one namespace.
-
-    Args:
-        catalogue: of the namespace.
-        namespace: its name, for counters.
-        where: names the store in errors.
-    """
-
-    def __init__(self, catalogue: Catalogue, namespace: str, where: str):
-        self.catalogue, self.namespace, self._where = catalogue, namespace, where
-        self.metrics = Metrics(namespace)
-        self._reader = ShardReader(catalogue, self._open_shard, self.metrics)
-
-    @abstractmethod
-    def _open_shard(self, name: str, nbytes: int, header_checksum: bytes) -> MappedShard:
-        """Open a shard of the catalogue."""
-
-    @property
-    def dtype(self) -> str:
-        """Dtype of the states at rest; "" before the first document."""
-        return self.catalogue.meta["dtype"]
-
-    def __len__(self) -> int:
-        self.catalogue.refresh()
-        return len(self.catalogue.locations)
-
-    def __contains__(self, document_id: str) -> bool:
-        self.catalogue.refresh()
-        place = self.catalogue.locate(document_id)
-        return place is not None and place.expires > time.time()
-
-    def get(self, ids: str | Sequence[str]) -> ContextCache:
-        """The states of documents, one row each, in the order of `ids`.
-
-        Documents that lie back to back in one shard come as views of the mapped file, others as one copy.
-
-        Raises:
-            MissingDocumentError: a document that is not there, or not any more.
-            DamagedDocumentError: stored states that fail their checksum.
-            ValueError: no ids.
-        """
-        return self._get(ids)[0]
-
-    def _get(self, ids: str | Sequence[str]) -> tuple[ContextCache, list[View]]:
-        ids = [ids] if isinstance(ids, str) else list(ids)
-        if not ids:
-            raise ValueError("`ids` must name at least one document, got an empty list.")
-        begin = perf_counter()
-        cache, views = self._reader.read(ids, self.catalogue.meta["fingerprint"], self._where)
-        nbytes = cache.offsets[-1] * self._reader.token_bytes
-        self.metrics.got(len(ids), nbytes, perf_counter() - begin)
-        return cache, views
-
-    def search(self, query: str, k: int = 4, where: dict | None = None) -> list[Hit]:
-        """The `k` documents that match `query` best by BM25 over their words.
-
-        Args:
-            query: words; common ones count only where there are no others.
-            where: metadata that hits must have, `{field: value}` or `{field: [values]}`.
-
-        Raises:
-            ValueError: an empty query, or `k` below 1.
-        """
-        if not isinstance(query, str) or not query.strip() or k < 1:
-            raise ValueError(f"`query` must be words and `k` at least 1, got {query!r:.80} and {k}.")
-        with self.metrics.timed("search"):
-            return search(self.catalogue, query, k, where)
-
-    def request(self) -> AbstractContextManager[Counters]:
-        """A context that counts what happens inside apart: `with store.request() as cost: ...`."""
-        return self.metrics.request()
-
-    def stats(self) -> dict:
-        """Sizes of the namespace and counters since it was opened."""
-        fixed = {name: self.catalogue.meta[name] for name in ("fingerprint", "dtype")}
-        return {"namespace": self.namespace, **fixed, **self.catalogue.totals(), **self.metrics.as_dict()}
-
-    def prometheus(self) -> str:
-        """Counters, latencies and sizes in Prometheus text form."""
-        return self.metrics.text(self.catalogue.totals())
-
-    def _verify(self) -> VerifyReport:
-        """Read every document and compare checksums."""
-        report = VerifyReport()
-        for number in self.catalogue.live_shards():
-            documents = self.catalogue.documents_of(number)
-            try:
-                shard = self._reader.shard(number)
-            except DamagedShardError:
-                # evicted meanwhile, or really damaged
-                report.damaged += [document.id for document in self.catalogue.documents_of(number)]
-                continue
-            for document in documents:
-                shard.load([(document.start, document.tokens, document.checksum)])
-                report.checked += 1
-                if not shard.verify(document.start, document.tokens, document.checksum):
-                    report.damaged.append(document.id)
-        return report

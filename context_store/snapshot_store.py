@@ -15,7 +15,8 @@ from .catalogue import Catalogue, NewDocument
 from .counters import Metrics
 from .eviction import evicting
 from .manifest import MANIFEST_NAME, Folder, ShardEntry
-from .reading import ReadableStore
+from .readable import ReadableStore
+from .reading import View
 from .schema import CATALOGUE_NAME
 from .shards import DamagedShardError, MappedShard, checksum
 from .snapshot import read_manifest
@@ -99,8 +100,8 @@ class RemoteShard(MappedShard):
             file.truncate(self._entry.nbytes)
         os.replace(partial, path)
 
-    def check(self) -> None:
-        """Look whether the local file was evicted; what is fetched is written to it, so its time says nothing."""
+    def _look(self) -> None:
+        # what is fetched is written to the local file: its time says nothing, only whether it was evicted
         self._status()
 
     def load(self, documents: Sequence[tuple[int, int, bytes]]) -> None:
@@ -212,6 +213,9 @@ class SnapshotStore(ReadableStore):
         if self.source.is_local:
             return MappedShard(Path(self.source.path(entry.name)), nbytes, header_checksum)
         return RemoteShard(self.source, entry, self.cache, self.metrics)
+
+    def _note_use(self, views: list[View]) -> None:
+        """Nothing: whole shards go, by when they were opened."""
 
     def __enter__(self) -> "SnapshotStore":
         return self

@@ -7,7 +7,7 @@ import os
 import secrets
 import time
 from collections.abc import Iterable, Sequence
-from itertools import islice
+from itertools import islice, repeat
 from pathlib import Path
 from time import perf_counter
 
@@ -21,7 +21,8 @@ from .encoding import convert, encode, groups, tokenize
 from .handles import Handle
 from .manifest import Manifest
 from .pending import AddReport, PendingShard, VerifyReport, split_documents, zip_documents
-from .reading import MissingDocumentError, ReadableStore
+from .readable import ReadableStore
+from .reading import MissingDocumentError, View
 from .schema import CATALOGUE_NAME, check_opener, namespace_folder, sync_folder
 from .shards import HEADER_BYTES, MappedShard, write_shard
 from .snapshot import write_snapshot
@@ -301,14 +302,11 @@ class ContextStore(ReadableStore):
         if used and not self.read_only:
             self.catalogue.touch(used)
 
-    def get(self, ids: str | Sequence[str]) -> ContextCache:
-        """See `ReadableStore.get`; notes the use for eviction."""
-        cache, views = self._get(ids)
+    def _note_use(self, views: list[View]) -> None:
         if not self.read_only:
-            self._used |= dict.fromkeys([view.place.document for view in views], time.time())
+            self._used.update(zip([view.place.document for view in views], repeat(time.time())))
             if len(self._used) > USES_KEPT:
                 self._flush_uses()
-        return cache
 
     def pin(self, ids: str | Sequence[str], ttl: float | None = None) -> Handle:
         """Keep documents from being evicted until the handle is released or `ttl` seconds have passed.

@@ -62,10 +62,11 @@ def test_neighbours_are_views_of_the_mapped_shard_and_others_one_copy(store):
     store.add(["a", "b", "c", "d"], ["first", "second", "third", "fourth"])
     shard = store._reader.shard(1).tensors["hidden"]
     inside = range(shard.data_ptr(), shard.data_ptr() + shard.nbytes)
-    for ids in (["b"], ["b", "c"], ["c", "b"], ["a", "b", "c", "d"]):
+    for ids in (["b"], ["b", "c"], ["a", "b", "c", "d"]):
         assert store.get(ids).states["hidden"].data_ptr() in inside, ids
         assert store.get(ids).token_ids.data_ptr() not in inside
-    assert store.get(["a", "c"]).states["hidden"].data_ptr() not in inside
+    for ids in (["a", "c"], ["c", "b"]):
+        assert store.get(ids).states["hidden"].data_ptr() not in inside
     store.add(["e"], ["fifth"])
     assert store.get(["d", "e"]).states["hidden"].data_ptr() not in inside
 

@@ -17,7 +17,7 @@ import torch
 
 from context_store import ContextStore, DamagedDocumentError, MissingDocumentError
 
-CALLS = "openat,write,pwrite64,ftruncate,fallocate,fsync,fdatasync,rename,renameat,renameat2"
+CALLS = "openat,write,writev,pwrite64,ftruncate,fallocate,fsync,fdatasync,rename,renameat,renameat2"
 SCRIPT = Path(__file__).with_name("store_processes.py")
 SUPPORT = runpy.run_path(str(Path(__file__).with_name("store_support.py")))
 TableModel, ByteProcessor, row_states = (SUPPORT[name] for name in ("TableModel", "ByteProcessor", "row_states"))
