@@ -67,7 +67,8 @@ class ShardReader:
     """The open shards of a namespace, and reading documents from them.
 
     A document's checksum is compared when it is first read through an open shard. Every later read looks whether the
-    shard's file is there, has its size and was not written to since; if it was, it is opened and compared anew.
+    shard's file has its size, and ten times a second whether it is there and was not written to since; if it was, it
+    is opened and compared anew.
 
     Args:
         catalogue: knows where documents lie.
@@ -119,6 +120,13 @@ class ShardReader:
         with self._lock:
             self._views = Views()
             self._shards.pop(number, None)
+
+    def close_deleted(self) -> None:
+        """Close shards whose files were deleted."""
+        with self._lock:
+            numbers = [number for number, shard in self._shards.items() if shard.is_deleted]
+        for number in numbers:
+            self.forget(number)
 
     def refresh(self) -> None:
         """Take over what was committed; let go of views and of shards that are no more: they hold room on the disk."""

@@ -61,20 +61,6 @@ END;
 """
 
 
-def namespace_folder(root: str | Path, namespace: str) -> Path:
-    """The folder of `namespace` below a store's `root`.
-
-    Raises:
-        ValueError: an empty name, or one too long for a file name.
-    """
-    name = "ns=" + quote(namespace, safe="", errors="strict") if isinstance(namespace, str) and namespace else ""
-    if not name or len(name) > 200:
-        raise ValueError(
-            f"`namespace` must be a non-empty name of at most 197 characters (quoted), got {namespace!r:.80}."
-        )
-    return Path(root) / name
-
-
 def sync_folder(folder: Path) -> None:
     """Make the names in `folder` durable."""
     descriptor = os.open(folder, os.O_RDONLY)
@@ -114,27 +100,3 @@ def check_meta(meta: dict[str, str], path: Path) -> None:
             f"{path} has format version {meta.get('format_version')!r}, this code reads up to {FORMAT_VERSION}; "
             "update the code."
         )
-
-
-def check_opener(
-    meta: dict[str, str], folder: Path, fingerprint: str | None, template: str | None, namespace: str, dtype: str
-) -> None:
-    """Compare the description of a store with what opens it; None: not known, "auto": any.
-
-    Raises:
-        ValueError: another model, template, namespace or dtype; both sides are named.
-    """
-    if fingerprint is not None and meta["fingerprint"] != fingerprint:
-        raise ValueError(
-            f"{folder} holds states of another model, template or version of the weights: its fingerprint is "
-            f"{meta['fingerprint']}, the model's {fingerprint}; use that model, or a new store."
-        )
-    if template is not None and meta["template_version"] not in ("", template):
-        raise ValueError(
-            f"{folder} was made with template version {meta['template_version']!r}, the processor has "
-            f"{template!r}; use the code it was made with, or a new store."
-        )
-    if meta["namespace"] != namespace:
-        raise ValueError(f"{folder} is the namespace {meta['namespace']!r}, not {namespace!r}.")
-    if dtype != "auto" and meta["dtype"] not in ("", dtype):
-        raise ValueError(f"{folder} holds {meta['dtype']} states; open it with that `dtype` or 'auto'.")

@@ -215,7 +215,7 @@ class MappedShard:
         if checksum([header]) != header_checksum:
             raise DamagedShardError(f"{path} has an altered header.")
         # private and writable: torch warns about read-only buffers, and nothing we do reaches the file
-        self._map = mmap.mmap(self._file.fileno(), nbytes, access=mmap.ACCESS_COPY)
+        self._map = mmap.mmap(self._descriptor, nbytes, access=mmap.ACCESS_COPY)
         self.parts = parse_header(header)
         self.names = sorted(self.parts)
         raw = numpy.frombuffer(self._map, numpy.uint8)
@@ -230,12 +230,17 @@ class MappedShard:
 
     def _status(self) -> os.stat_result:
         """Of the file that is open, which must be there in its size."""
-        status = os.fstat(self._file.fileno())
+        status = os.fstat(self._descriptor)
         if not status.st_nlink:
             raise DamagedShardError(f"{self.path} is gone.")
         if status.st_size != self.nbytes:
             raise DamagedShardError(f"{self.path} has {status.st_size} bytes, the catalogue says {self.nbytes}.")
         return status
+
+    @property
+    def is_deleted(self) -> bool:
+        """Whether the file has no name any more."""
+        return not os.fstat(self._descriptor).st_nlink
 
     def check(self, now: float) -> None:
         """Look whether the file is as it was when it was mapped: its size always, the rest every `LOOK_SECONDS`.

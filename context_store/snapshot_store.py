@@ -6,7 +6,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pyarrow.parquet
@@ -35,10 +35,16 @@ def default_cache_folder() -> Path:
 
 
 class RangeCache:
-    """Sparse local copies of remote shards, at most `max_bytes` on disk; the least recently opened go first."""
+    """Sparse local copies of remote shards, at most `max_bytes` on disk; the least recently opened go first.
 
-    def __init__(self, folder: Path, max_bytes: int):
-        self.folder, self.max_bytes = folder, max_bytes
+    Args:
+        folder: of the copies.
+        max_bytes: a copy that is being read stays, whatever its size.
+        close_deleted: called when copies were deleted; files that stay open hold their room on the disk.
+    """
+
+    def __init__(self, folder: Path, max_bytes: int, close_deleted: Callable[[], None]):
+        self.folder, self.max_bytes, self._close_deleted = folder, max_bytes, close_deleted
         folder.mkdir(parents=True, exist_ok=True)
 
     def size(self) -> int:
@@ -55,13 +61,14 @@ class RangeCache:
         return found
 
     def shrink(self, keep: Path) -> None:
-        """Delete files until the bound holds; readers of a deleted file keep what they have mapped."""
+        """Delete files until the bound holds; caches that were handed out keep what they have mapped."""
         files = sorted(self._files(), key=lambda item: item[1].st_mtime_ns)
         total = sum(status.st_blocks * 512 for _, status in files)
         for path, status in files:
             if total > self.max_bytes and path != keep:
                 path.unlink(missing_ok=True)
                 total -= status.st_blocks * 512
+        self._close_deleted()
 
 
 class RemoteShard(MappedShard):
@@ -171,9 +178,9 @@ class SnapshotStore(ReadableStore):
         with evicting(self.folder):
             if not (self.folder / "catalogue" / CATALOGUE_NAME).is_file():
                 self._import_catalogue()
-        self.cache = RangeCache(self.folder / "ranges", cache_bytes)
         self._entries = {Path(entry.name).name: entry for entry in self.manifest.shards}
         super().__init__(Catalogue(self.folder / "catalogue", True), self.manifest.namespace, self.source.url)
+        self.cache = RangeCache(self.folder / "ranges", cache_bytes, self._reader.close_deleted)
 
     def _check_manifest(self) -> None:
         if self.model is not None and self.model.model.context_fingerprint() != self.manifest.fingerprint:

@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import logging
-import os
 import secrets
 import time
 from collections.abc import Iterable, Sequence
@@ -20,14 +18,12 @@ from .catalogue import FOREVER, Catalogue
 from .encoding import convert, encode, groups, tokenize
 from .handles import Handle
 from .manifest import Manifest
+from .opening import check_opener, namespace_folder, new_meta, opens_read_only
 from .pending import AddReport, PendingShard, VerifyReport, split_documents, zip_documents
 from .readable import ReadableStore
 from .reading import MissingDocumentError, View
-from .schema import CATALOGUE_NAME, check_opener, namespace_folder, sync_folder
 from .shards import HEADER_BYTES, MappedShard, write_shard
 from .snapshot import write_snapshot
-
-logger = logging.getLogger(__name__)
 
 DTYPES = ("float32", "bfloat16", "float16", "int8", "int4")
 SHARD_BYTES, DOCUMENTS_AT_ONCE = 64 << 20, 64
@@ -77,8 +73,9 @@ class ContextStore(ReadableStore):
         self.folder = namespace_folder(path, namespace)
         self.model, self.processor = model, processor
         self.fingerprint = fingerprint if model is None else model.model.context_fingerprint()
-        self.read_only = self._resolve_read_only(read_only)
-        super().__init__(Catalogue(self.folder, self.read_only, self._new_meta(dtype)), namespace, str(self.folder))
+        self.read_only = opens_read_only(self.folder, read_only)
+        made = None if self.read_only else new_meta(self.folder, namespace, self.fingerprint, dtype, model, processor)
+        super().__init__(Catalogue(self.folder, self.read_only, made), namespace, str(self.folder))
         template = None if processor is None else str(processor.template_version)
         check_opener(self.catalogue.meta, self.folder, self.fingerprint, template, namespace, dtype)
         self.fingerprint = self.catalogue.meta["fingerprint"]
@@ -99,35 +96,6 @@ class ContextStore(ReadableStore):
         if is_snapshot(path):
             return SnapshotStore(path, model, processor, **options)
         return cls(path, model, processor, namespace, **options)
-
-    # opening
-
-    def _resolve_read_only(self, read_only: bool | None) -> bool:
-        exists = (self.folder / CATALOGUE_NAME).is_file()
-        if read_only:
-            return True
-        place = next(folder for folder in (self.folder, *self.folder.absolute().parents) if folder.exists())
-        writable = os.access(place, os.W_OK)
-        if not writable and (read_only is False or not exists):
-            raise ValueError(f"{place} cannot be written; open an existing store with `read_only=True`.")
-        if not writable:
-            logger.warning(f"{self.folder} cannot be written: the store is open read-only.")
-            return True
-        for folder in (self.folder, self.folder / "shards"):
-            if not folder.is_dir():
-                folder.mkdir(parents=True, exist_ok=True)
-                sync_folder(folder.parent)
-        return False
-
-    def _new_meta(self, dtype: str) -> dict[str, str]:
-        """The description of a store that is made now."""
-        if self.fingerprint is None and not self.read_only and not (self.folder / CATALOGUE_NAME).exists():
-            raise ValueError(f"{self.folder} is no store yet: give `model` and `processor` to make one.")
-        if dtype == "auto":
-            dtype = "" if self.model is None else str(self.model.dtype).removeprefix("torch.")
-        template = "" if self.processor is None else str(self.processor.template_version)
-        fields = {"namespace": self.namespace, "dtype": dtype, "template_version": template}
-        return fields | {"fingerprint": self.fingerprint or "", "shard_bytes": "", "max_bytes": ""}
 
     def _limit_bytes(self, max_bytes: int | None, shard_bytes: int) -> None:
         stored = self.catalogue.meta["max_bytes"]

@@ -2,8 +2,10 @@
 
 python scripts/benchmark_store.py [--json results/store_benchmark.json] [--quick]
 
-Ratios are the throughput of the store over that of the control: reading through `numpy.memmap`, `os.preadv` after the
-page cache was dropped (`posix_fadvise`), writing the same bytes with one fsync.
+Ratios are the throughput of the store over that of the control. Warm: the same tensors, states and token ids of the
+documents in the order asked, joined out of two `numpy.memmap`s; of one document views, whose states are then copied.
+The control knows where documents lie and checks nothing. Cold: `os.preadv` of the states after the page cache was
+dropped (`posix_fadvise`). Writing: the states' bytes in one file with one fsync.
 """
 
 import argparse
@@ -59,14 +61,14 @@ def seconds_of(function, repeats: int) -> float:
 
 
 class Bench:
-    """A store, and the same states in one raw file."""
+    """A store, and the same states and token ids in two raw files."""
 
     def __init__(self, folder: Path, documents: int):
         self.generator = random.Random(SEED)
         self.folder = folder
         self.lengths, cache = random_corpus(documents, self.generator)
         self.ids = [f"d{number}" for number in range(documents)]
-        self.raw = folder / "raw.bin"
+        self.raw, self.raw_ids = folder / "raw.bin", folder / "raw_ids.bin"
         self.write = self.measure_writes(cache)
         self.offsets = cache.offsets
         self.target = torch.empty(64 * 800, WIDTH, dtype=torch.bfloat16)
@@ -74,6 +76,7 @@ class Bench:
     def measure_writes(self, cache: ContextCache) -> dict:
         """Adding all states against writing their bytes with one fsync, in turns."""
         raw = cache.states["hidden"].view(torch.uint8).numpy().reshape(-1)
+        cache.token_ids.numpy().tofile(self.raw_ids)
         ours, control = [], []
         for turn in range(3):
             begin = perf_counter()
@@ -98,13 +101,17 @@ class Bench:
         """Random sets of neighbours' numbers: what a search may give has no order."""
         return [self.generator.sample(range(len(self.ids)), size) for _ in range(count)]
 
-    def read_raw(self, memory: numpy.ndarray, states: torch.Tensor, request: list[int]) -> None:
-        """The control: the same copies out of a memory map, as bytes and as states."""
+    def read_raw(self, states: numpy.ndarray, ids: numpy.ndarray, request: list[int]) -> None:
+        """The control: the same copies out of memory maps, bytes `[tokens, 2 * WIDTH]` and int32 `[tokens]`."""
         spans = [(self.offsets[number], self.offsets[number + 1]) for number in request]
         if len(spans) == 1:
-            self.target[: spans[0][1] - spans[0][0]].copy_(states[spans[0][0] : spans[0][1]])
+            ((start, end),) = spans
+            parts = states[start:end], ids[start:end]
         else:
-            numpy.concatenate([memory[start:end] for start, end in spans])
+            parts = tuple(numpy.concatenate([part[start:end] for start, end in spans]) for part in (states, ids))
+        states, ids = torch.from_numpy(parts[0]).view(torch.bfloat16), torch.from_numpy(parts[1])
+        if len(spans) == 1:
+            self.target[: len(ids)].copy_(states)
 
     def read_store(self, store: ContextStore, request: list[int]) -> None:
         """One `get`: a copy into new memory where documents are joined; of one document a view, which is copied."""
@@ -113,21 +120,24 @@ class Bench:
             self.target[: cache.offsets[-1]].copy_(cache.states["hidden"])
 
     def warm(self, size: int, count: int) -> dict:
-        """Requests of `size` documents, all read before, from the store and from a memory map, in turns."""
-        memory = numpy.asarray(numpy.memmap(self.raw, numpy.uint8, "c")).reshape(-1, 2 * WIDTH)
-        states = torch.from_numpy(memory).view(torch.bfloat16)
-        ours, control = [], []
-        with ContextStore(self.folder / "store", read_only=True) as store:
+        """Requests of `size` documents, all read before, from the store and from memory maps, in turns."""
+        states = numpy.asarray(numpy.memmap(self.raw, numpy.uint8, "c")).reshape(-1, 2 * WIDTH)
+        ids = numpy.asarray(numpy.memmap(self.raw_ids, numpy.int32, "c"))
+        times: dict[str, list[float]] = {"store": [], "raw": []}
+        with ContextStore(self.folder / "store") as store:
+            reads = {
+                "store": lambda request: self.read_store(store, request),
+                "raw": lambda request: self.read_raw(states, ids, request),
+            }
             for number in range(len(self.ids)):
-                self.read_store(store, [number])
-                self.read_raw(memory, states, [number])
-            for request in self.requests(size, count):
-                control.append(seconds_of(lambda request=request: self.read_raw(memory, states, request), 1))
-                ours.append(seconds_of(lambda request=request: self.read_store(store, request), 1))
+                reads["store"]([number]), reads["raw"]([number])
+            for turn, request in enumerate(self.requests(size, count)):
+                for name in ("store", "raw") if turn % 2 else ("raw", "store"):
+                    times[name].append(seconds_of(lambda read=reads[name], request=request: read(request), 1))
         return {
-            "store_microseconds": 1e6 * median(ours),
-            "raw_microseconds": 1e6 * median(control),
-            "ratio": median(raw / own for raw, own in zip(control, ours, strict=True)),
+            "store_microseconds": 1e6 * median(times["store"]),
+            "raw_microseconds": 1e6 * median(times["raw"]),
+            "ratio": median(raw / own for raw, own in zip(times["raw"], times["store"], strict=True)),
         }
 
     def cold(self, size: int, count: int) -> dict:

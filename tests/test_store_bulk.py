@@ -12,6 +12,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
+from huggingface_hub import HfApi
 
 from context_store import ContextStore
 from context_store.bulk import Settings, encode_task, finish, input_files, load_plan, make_plan, run_on_ray
@@ -19,6 +20,7 @@ from context_store.documents import read_parquet
 
 SUPPORT = runpy.run_path(str(Path(__file__).with_name("store_support.py")))
 TableModel, ByteProcessor, row_states = (SUPPORT[name] for name in ("TableModel", "ByteProcessor", "row_states"))
+server = runpy.run_path(str(Path(__file__).with_name("publishing_support.py")))["server"]
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = [{"id": f"d{i}", "text": f"document {i} on the lighthouse " * (i % 7), "page": i} for i in range(120)]
 
@@ -139,6 +141,18 @@ def test_output_on_s3(corpus, tmp_path, bucket):
     assert not encode_task(tasks[0], TableModel(), ByteProcessor(), settings)
     finish(tasks, settings, "table-0")
     assert_is_the_corpus(f"{bucket}/bulk", tmp_path / "cache")
+
+
+def test_a_hub_data_set_is_encoded_onto_the_hub(server, corpus, tmp_path):
+    api, output = HfApi(), "hf://datasets/tester/encoded"
+    for name in ("corpus", "encoded"):
+        api.create_repo(f"tester/{name}", repo_type="dataset")
+    for path in corpus.iterdir():
+        api.upload_file(path_or_fileobj=path, path_in_repo=path.name, repo_id="tester/corpus", repo_type="dataset")
+    _, made = encode_all("tester/corpus", output, characters=6000)
+    assert len(made) > 2
+    assert encode_all("tester/corpus", output, characters=6000)[1] == [False] * len(made)
+    assert_is_the_corpus(output, tmp_path / "cache")
 
 
 @pytest.fixture

@@ -152,6 +152,9 @@ def test_ranges_into_a_bounded_cache(snapshot, tmp_path, model):
                 assert torch.equal(row_states(store.get(name), 0), model.states(EXPECTED[name]))
                 # a file system block at each end of what was written
                 assert store.cache.size() <= bound + 3 * 4096
+        # deleted files that stay open would hold their room
+        assert not any(shard.is_deleted for shard in store._reader._shards.values())
+        assert len(store._reader._shards) < len(store.manifest.shards)
         view = store.get(list(EXPECTED))
         assert torch.equal(row_states(view, 5), model.states(list(EXPECTED.values())[5]))
 

@@ -1,0 +1,84 @@
+"""How a store's folder is opened: where it lies, whether it is written, what a new store is, and who is refused."""
+
+import logging
+import os
+from pathlib import Path
+from urllib.parse import quote
+
+from .schema import CATALOGUE_NAME, sync_folder
+
+logger = logging.getLogger(__name__)
+
+
+def namespace_folder(root: str | Path, namespace: str) -> Path:
+    """The folder of `namespace` below a store's `root`.
+
+    Raises:
+        ValueError: an empty name, or one too long for a file name.
+    """
+    name = "ns=" + quote(namespace, safe="", errors="strict") if isinstance(namespace, str) and namespace else ""
+    if not name or len(name) > 200:
+        raise ValueError(
+            f"`namespace` must be a non-empty name of at most 197 characters (quoted), got {namespace!r:.80}."
+        )
+    return Path(root) / name
+
+
+def opens_read_only(folder: Path, read_only: bool | None) -> bool:
+    """Whether a store's folder is only read; None: where it cannot be written. Makes a folder that will be written.
+
+    Raises:
+        ValueError: a folder that cannot be written, with `read_only=False` or without a store.
+    """
+    if read_only:
+        return True
+    place = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not os.access(place, os.W_OK):
+        if read_only is False or not (folder / CATALOGUE_NAME).is_file():
+            raise ValueError(f"{place} cannot be written; open an existing store with `read_only=True`.")
+        logger.warning(f"{folder} cannot be written: the store is open read-only.")
+        return True
+    for needed in (folder, folder / "shards"):
+        if not needed.is_dir():
+            needed.mkdir(parents=True, exist_ok=True)
+            sync_folder(needed.parent)
+    return False
+
+
+def new_meta(folder: Path, namespace: str, fingerprint: str | None, dtype: str, model, processor) -> dict[str, str]:
+    """The description of a store if it is made now; None: not known.
+
+    Raises:
+        ValueError: there is none, and nothing says what its states are.
+    """
+    if fingerprint is None and not (folder / CATALOGUE_NAME).exists():
+        raise ValueError(f"{folder} is no store yet: give `model` and `processor` to make one.")
+    if dtype == "auto":
+        dtype = "" if model is None else str(model.dtype).removeprefix("torch.")
+    template = "" if processor is None else str(processor.template_version)
+    fields = {"namespace": namespace, "dtype": dtype, "template_version": template}
+    return fields | {"fingerprint": fingerprint or "", "shard_bytes": "", "max_bytes": ""}
+
+
+def check_opener(
+    meta: dict[str, str], folder: Path, fingerprint: str | None, template: str | None, namespace: str, dtype: str
+) -> None:
+    """Compare the description of a store with what opens it; None: not known, "auto": any.
+
+    Raises:
+        ValueError: another model, template, namespace or dtype; both sides are named.
+    """
+    if fingerprint is not None and meta["fingerprint"] != fingerprint:
+        raise ValueError(
+            f"{folder} holds states of another model, template or version of the weights: its fingerprint is "
+            f"{meta['fingerprint']}, the model's {fingerprint}; use that model, or a new store."
+        )
+    if template is not None and meta["template_version"] not in ("", template):
+        raise ValueError(
+            f"{folder} was made with template version {meta['template_version']!r}, the processor has "
+            f"{template!r}; use the code it was made with, or a new store."
+        )
+    if meta["namespace"] != namespace:
+        raise ValueError(f"{folder} is the namespace {meta['namespace']!r}, not {namespace!r}.")
+    if dtype != "auto" and meta["dtype"] not in ("", dtype):
+        raise ValueError(f"{folder} holds {meta['dtype']} states; open it with that `dtype` or 'auto'.")
