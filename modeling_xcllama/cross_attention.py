@@ -16,10 +16,14 @@ from torch import Tensor
 from torch.nn import functional
 from transformers.utils import logging
 
+from .decoding_speed import onednn_products
+
 logger = logging.get_logger(__name__)
 
 # tokens dequantized at a time
 BLOCK_TOKENS = 2048
+# queries of one KV head up to which two products beat flash attention on a CPU
+PRODUCT_QUERIES = 256
 
 
 @lru_cache(maxsize=256)
@@ -108,7 +112,20 @@ def _attend_eager(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tu
     return weights.to(value.dtype) @ value, weights
 
 
+def _attend_products(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    with onednn_products():
+        return (query * scale @ key.transpose(-1, -2)).softmax(-1) @ value
+
+
+def _few_on_cpu(query: Tensor) -> bool:
+    """Whether `query` is a step or a question in bfloat16 on a CPU: flash attention takes twice as long there."""
+    small = query.shape[1] <= PRODUCT_QUERIES and query.dtype == torch.bfloat16 and query.device.type == "cpu"
+    return small and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
 def _attend_sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    if _few_on_cpu(query):
+        return _attend_products(query, key, value, scale)
     return functional.scaled_dot_product_attention(query[None], key[None], value[None], scale=scale)[0]
 
 

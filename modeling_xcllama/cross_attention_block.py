@@ -34,9 +34,16 @@ class ContextProjection(nn.Module):
 
     def forward(self, states: Tensor, normalized: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Keys and values; `normalized`: the states over their root mean square, which projections can share."""
-        if self.norm is not None:
-            states = self.norm(states) if normalized is None else self.norm.weight * normalized
-        key, value = self.k_proj(states), self.v_proj(states)
+        linears = (self.k_proj, self.v_proj)
+        if normalized is not None and all(type(linear) is nn.Linear for linear in linears):
+            # the norm's weight scales the few weights, not the many states; one product instead of two
+            weight = torch.cat([linear.weight for linear in linears]) * self.norm.weight
+            bias = None if self.k_proj.bias is None else torch.cat([linear.bias for linear in linears])
+            key, value = functional.linear(normalized, weight, bias).chunk(2, dim=-1)
+        else:
+            if self.norm is not None:
+                states = self.norm(states) if normalized is None else self.norm.weight * normalized
+            key, value = self.k_proj(states), self.v_proj(states)
         return key.unflatten(-1, (-1, self.head_dim)), value.unflatten(-1, (-1, self.head_dim))
 
 

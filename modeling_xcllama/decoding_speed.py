@@ -29,6 +29,20 @@ def _without_onednn() -> Iterator[None]:
                 torch.backends.mkldnn.enabled = _state["before"]
 
 
+@contextmanager
+def onednn_products() -> Iterator[None]:
+    """Within `decoding_products`, products that oneDNN does better: those of more than one row."""
+    with _lock:
+        if _state["running"]:
+            torch.backends.mkldnn.enabled = _state["before"]
+    try:
+        yield
+    finally:
+        with _lock:
+            if _state["running"]:
+                torch.backends.mkldnn.enabled = False
+
+
 def decoding_products(tokens: Tensor, weight: Tensor) -> AbstractContextManager:
     """Where one bfloat16 token is decoded on a CPU, let torch's own matrix-vector kernel do the products.
 

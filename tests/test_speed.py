@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modeling_xcllama import context_projection, cross_attention, modeling_xcllama
+from modeling_xcllama import context_projection, cross_attention, cross_attention_block, modeling_xcllama
 from modeling_xcllama.cross_attention import ContextRows
 from modeling_xcllama.decoding_speed import decoding_products
 
@@ -144,6 +144,40 @@ def test_rows_in_any_order(data, lengths):
     assert rows.order is rows.order
 
 
+@pytest.mark.parametrize("queries", [1, 40, 400])
+def test_few_queries_are_products(queries, monkeypatch):
+    """In bfloat16 on a CPU without gradients, and with oneDNN though the step's products go without; else flash."""
+    ran = []
+    products = cross_attention._attend_products
+    monkeypatch.setattr(
+        cross_attention, "_attend_products", lambda *inputs: ran.append(inputs[0].dtype) or products(*inputs)
+    )
+    bmm = torch.Tensor.__matmul__
+    enabled = []
+    monkeypatch.setattr(
+        torch.Tensor, "__matmul__", lambda *inputs: enabled.append(torch.backends.mkldnn.enabled) or bmm(*inputs)
+    )
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(1, queries, 4, 16, generator=generator)
+    key, value = (torch.randn(50, 2, 16, generator=generator) for _ in range(2))
+    rows = ContextRows((0, 50), (0,))
+    exact = cross_attention.sdpa_cross_attention(query, key, value, rows, 0.25)
+    half = [tensor.bfloat16() for tensor in (query, key, value)]
+    with decoding_products(torch.zeros(1, 1), half[1]):
+        cross_attention.sdpa_cross_attention(*half, rows, 0.25)
+        # gradients are wanted
+        assert ran == []
+        with torch.no_grad():
+            got = cross_attention.sdpa_cross_attention(*half, rows, 0.25)
+        assert not torch.backends.mkldnn.enabled
+    # two query heads share a head of keys
+    few = 2 * queries <= cross_attention.PRODUCT_QUERIES
+    assert ran == [torch.bfloat16] * few
+    assert enabled == [True] * (2 * few)
+    assert torch.backends.mkldnn.enabled
+    torch.testing.assert_close(got.float(), exact, atol=2e-2, rtol=2e-2)
+
+
 def test_projections_share_one_normalization(tiny_base, make_model, batch, monkeypatch):
     tiny_model = make_model(tiny_base, context_layer=2, cross_attention_layers=[1, 3])
     calls = []
@@ -151,8 +185,14 @@ def test_projections_share_one_normalization(tiny_base, make_model, batch, monke
     monkeypatch.setattr(
         context_projection.functional, "rms_norm", lambda *args: calls.append(1) or normalize(*args), raising=True
     )
+    products = []
+    linear = torch.nn.functional.linear
+    monkeypatch.setattr(cross_attention_block.functional, "linear", lambda *args: products.append(1) or linear(*args))
     cache = tiny_model.encode_context(batch["context_input_ids"])
+    products.clear()
     projected = tiny_model.project_context(cache)
+    # keys and values of a projection in one product
+    assert len(products) == len(projected.keys)
     assert len(calls) == 1
     assert len(projected.keys) == len(tiny_model.model.context_projections) > 1
     with torch.no_grad():
