@@ -64,7 +64,10 @@ def decode_configs(target: Target, dtype: torch.dtype, head_dim: int, bits: int,
     if chip == "cdna":
         return [Config(block_m, 64 if size < 256 and block_m < 128 else 32, 4, 2 if size < 256 else 1)]
     if size == 256 and bits:
-        return [Config(block_m, 16, 8 if block_m >= 64 and chip != "blackwell" else 4, 1)]
+        # ptxas spills a little on Blackwell to keep a third program resident
+        if chip == "blackwell":
+            return [Config(block_m, 16, 8 if block_m == 32 else 4, 2 if block_m == 16 else 1)]
+        return [Config(block_m, 16, 8 if block_m >= 64 else 4, 1)]
     if size == 256 or (bits and (size == 128 or chip == "ampere") and chip != "hopper"):
         return [Config(block_m, 32, 8 if block_m >= 64 else 4, 2)]
     return [Config(block_m, 64, warps, 3), Config(block_m, 32, warps, 4)]
