@@ -1,6 +1,6 @@
 """First token, decoding and encoding beside what people would pick instead, and beside what the machine allows.
 
-python scripts/benchmark.py [--quick] [--results results/benchmark.json] [--plots results]
+python scripts/benchmark.py [--quick] [--only PART ...] [--results results/benchmark.json] [--plots results]
 
 Everything in one process, the cases in turns, medians and quartiles; tokens are timed at a streamer. Ends within 20
 minutes on two quiet cores (`--quick`: 5 minutes, up to 2k tokens, nothing compiled); what is measured is written after
@@ -12,6 +12,9 @@ import importlib.util
 import logging
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -25,39 +28,45 @@ from load_model import ROOT
 from dataset_builders.provenance import write_result
 
 
-def kvpress_state() -> str:
-    """Why kvpress is not among the cases."""
-    if importlib.util.find_spec("kvpress") is None:
-        return "not installed"
-    return "installed, not measured: its presses compress a KV cache after the prefill, which `KV prefix` has already"
-
-
-def measure(arguments: argparse.Namespace, save) -> None:
-    """Run every part; `save(name, figures)` after each."""
+def parts(models: Models, arguments: argparse.Namespace) -> dict[str, Callable[[], dict]]:
+    """Every part of the benchmark by name, in the order in which they run."""
     quick = arguments.quick
-    models = Models()
-    save("limits", measure_limits(models))
-    save("kvpress", kvpress_state())
     lengths = (512, 2048) if quick else (512, 2048, 4096, 8192)
-    # compiling takes a minute a model: one length, the one that the targets are for
-    compiled = () if quick else (4096,)
-    for length in lengths:
-        with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-            requests = Requests(models, length, Path(folder))
-            long = length > 2048
-            figures = {"requests": requests.measure(3 if quick or long else 5, 1 if long else 2, quick)}
-            figures["cross_attention"] = requests.cross_attention()
-            figures["peaks"] = requests.peaks()
-            figures["encode_seconds"] = requests.encode_seconds()
-            save(f"context_{length}", figures)
-            if length in compiled:
-                figures["requests"] |= requests.compiled()
-                save(f"context_{length}", figures)
-    # what one row of 4k costs is what 32 are compared with
-    for length, rows in ((512, 8), (512, 32)) if quick else ((512, 8), (512, 32), (4096, 1), (4096, 8), (4096, 32)):
-        save(f"batch_{rows}_context_{length}", measure_batch(models, length, rows, with_prefix=length * rows <= 32768))
-    save("encoding", measure_encoding(models, 16 if quick else 48, 2 if quick else 3))
-    save("context_lookup", measure_lookup(models, min(4096, lengths[-1]), 2 if quick else 3))
+    batches = [(length, rows) for length in lengths for rows in ((8, 32) if quick else (1, 8, 32))]
+    return (
+        {f"context_{length}": partial(one_request, models, arguments, length) for length in lengths}
+        | {
+            f"batch_{rows}_context_{length}": partial(measure_batch, models, length, rows, length * rows <= 32768)
+            for length, rows in (batches[:2] if quick else batches)
+        }
+        | {
+            "encoding": partial(measure_encoding, models, 16 if quick else 32, 2),
+            "context_lookup": partial(measure_lookup, models, min(4096, lengths[-1]), 2 if quick else 3),
+        }
+        # compiling takes a minute a model: one length, the one that the targets are for, and last
+        | ({} if quick else {"compiled_4096": partial(compiled, models, arguments, 4096)})
+    )
+
+
+def one_request(models: Models, arguments: argparse.Namespace, length: int) -> dict:
+    """One request at a time on a context of `length` tokens."""
+    quick = arguments.quick
+    # most rounds at the length that the targets are for
+    rounds = 2 if quick else 5 if length == 4096 else 3
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        requests = Requests(models, length, Path(folder))
+        return {
+            "requests": requests.measure(rounds, 1 if length > 4096 else 2, quick),
+            "cross_attention": requests.cross_attention(),
+            "peaks": requests.peaks(),
+            "encode_seconds": requests.encode_seconds(),
+        }
+
+
+def compiled(models: Models, arguments: argparse.Namespace, length: int) -> dict:
+    """Compiled steps over static caches at `length`."""
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        return {"requests": Requests(models, length, Path(folder)).compiled()}
 
 
 def main() -> int:
@@ -65,6 +74,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="short contexts, few rounds, nothing compiled")
     parser.add_argument("--results", type=Path, default=ROOT / "results" / "benchmark.json")
     parser.add_argument("--plots", type=Path, default=ROOT / "results", help="folder of the plots")
+    parser.add_argument("--only", nargs="+", metavar="PART", help="these parts alone, as context_4096 or encoding")
     parser.add_argument("--folder", type=Path, help="where cache files are written: the disk that is measured")
     arguments = parser.parse_args()
     arguments.plots.mkdir(parents=True, exist_ok=True)
@@ -78,7 +88,14 @@ def main() -> int:
         write_result(arguments.results, results | {"ratios": ratios(results)}, seed=SEED)
         print(f"{time.perf_counter() - begin:6.0f} s  {name}", flush=True)
 
-    measure(arguments, save)
+    models = Models()
+    save("limits", measure_limits(models))
+    save("kvpress", version("kvpress") if importlib.util.find_spec("kvpress") else "not installed")
+    runs = parts(models, arguments)
+    if unknown := set(arguments.only or ()) - set(runs):
+        parser.error(f"--only knows {', '.join(runs)}, got {', '.join(sorted(unknown))}.")
+    for name in arguments.only or runs:
+        save(name, runs[name]())
     draw(results, arguments.plots)
     for name, row in ratios(results).items():
         print(f"{name:70} {row['value']:8.2f}  {'' if row['target'] is None else 'target ' + str(row['target'])}")

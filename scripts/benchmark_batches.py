@@ -16,24 +16,32 @@ QUOTED_TOKENS = 64
 
 def measure_batch(models: Models, num_tokens: int, rows: int, with_prefix: bool) -> dict:
     """Tokens a second of `rows` requests on one document, on a document each, and over repeated KV prefixes."""
-    model, question = models.hidden, models.question.repeat(rows, 1)
-    one = model.encode_context(models.document(num_tokens))
-    # documents of the same states at other places: what is read is not the same memory
-    each = ContextCache.concat([_copied(one) for _ in range(rows)])
-    runs = {
-        "shared": (model, question, {"context_cache": model.project_context(one.select([0] * rows))}),
-        "one each": (model, question, {"context_cache": model.project_context(each)}),
+    document, question = models.document(num_tokens), models.question.repeat(rows, 1)
+    caches = {"": models.hidden.encode_context(document), ", condensed": models.condensed.encode_context(document)}
+    caches[", int8"] = caches[""].quantize("int8")
+    contexts = {
+        f"shared{name}": (models.condensed if "condensed" in name else models.hidden, cache.select([0] * rows))
+        for name, cache in caches.items()
     }
+    if rows > 1:
+        # the same states at other places: what is read is not the same memory
+        each = ContextCache.concat([_copied(caches[""]) for _ in range(rows)])
+        contexts["one each"] = (models.hidden, each)
     found = {}
-    for name, (reader, ids, options) in runs.items():
-        clock = []
-        peak = peak_bytes(lambda r=reader, i=ids, o=options, c=clock: c.append(generate(r, i, STEPS, **o)))
-        found[name] = _batch_figures(rows, clock[0].steps, options["context_cache"].nbytes, peak)
+    for name, (model, cache) in contexts.items():
+        context, clocks = model.project_context(cache), []
+
+        def run(model=model, context=context, clocks=clocks) -> None:
+            clocks.append(generate(model, question, STEPS, context_cache=context))
+
+        found[name] = _batch_figures(rows, peak_bytes(run), clocks[0].steps, context.nbytes)
     if with_prefix:
-        prefix = prefix_cache(models, models.document(num_tokens))
+        prefix = prefix_cache(models, document)
         prefix.batch_repeat_interleave(rows)
         size = sum(layer.keys.nbytes + layer.values.nbytes for layer in prefix.layers)
-        found["KV prefix each"] = _batch_figures(rows, _prefix_steps(models, prefix, rows), size, size)
+        steps: list[float] = []
+        peak = peak_bytes(lambda: steps.extend(_prefix_steps(models, prefix, rows)))
+        found["KV prefix each"] = _batch_figures(rows, peak, steps, size)
     return found
 
 
@@ -48,7 +56,7 @@ def _prefix_steps(models: Models, prefix: DynamicCache, rows: int) -> list[float
         return seconds_of(lambda: models.base(token, past_key_values=prefix), 4)
 
 
-def _batch_figures(rows: int, steps: list[float], context_bytes: int, peak: int) -> dict:
+def _batch_figures(rows: int, peak: int, steps: list[float], context_bytes: int) -> dict:
     # the first step after the prefill warms up
     seconds = spread(steps[1:])
     return {

@@ -1,6 +1,7 @@
 """One request at a time: ours from every place a cache can be in, and what a user would pick instead."""
 
 import gc
+import importlib.util
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from transformers import DynamicCache
 
 from modeling_xcllama.decoding_speed import decoding_compile_config
 
-NEW_TOKENS = 24
+NEW_TOKENS = 16
 
 
 def generate(model, ids: torch.Tensor, new_tokens: int = NEW_TOKENS, **options) -> Clock:
@@ -56,6 +57,18 @@ def load_prefix(models: Models, path: Path) -> DynamicCache:
     return cache
 
 
+def pressed_cache(models: Models, ids: torch.Tensor) -> DynamicCache:
+    """The decoder's keys and values of `ids` `[1, length]`, half of them dropped by kvpress (smallest norms kept)."""
+    # needs an older transformers to install by itself: only where someone put it
+    from kvpress import KnormPress
+
+    cache = DynamicCache(config=models.base.config)
+    with torch.no_grad(), KnormPress(compression_ratio=0.5)(models.base):
+        # what kvpress tells a prefill by; transformers 5 no longer passes it
+        models.base.model(ids, past_key_values=cache, cache_position=torch.arange(ids.shape[1]))
+    return cache
+
+
 class Requests:
     """All ways to answer the question from one document of `num_tokens`."""
 
@@ -64,10 +77,11 @@ class Requests:
         self.document = models.document(num_tokens)
         self.whole_prompt = torch.cat([self.document, models.question], dim=1)
         self.caches, self.files, self.sizes, self.projected = {}, {}, {}, {}
-        for layout in ("hidden", "condensed"):
+        for layout, dtypes in (("hidden", ("int8", "int4")), ("condensed", ("int8", "int4")), ("paper", ())):
             model = getattr(models, layout)
             cache = model.encode_context(self.document)
-            for dtype, made in (("16-bit", cache), ("int8", cache.quantize("int8")), ("int4", cache.quantize("int4"))):
+            for dtype in ("16-bit", *dtypes):
+                made = cache if dtype == "16-bit" else cache.quantize(dtype)
                 name = f"{layout} {dtype}"
                 self.files[name], self.caches[name] = folder / f"{name.replace(' ', '_')}.safetensors", made
                 made.save(self.files[name])
@@ -100,59 +114,64 @@ class Requests:
         if source == "file cold":
             drop_pages(self.prefix_file)
         start = time.perf_counter()
-        cache = self.prefix_in_memory if source == "memory" else load_prefix(self.models, self.prefix_file)
-        clock = generate(self.models.base, self.whole_prompt, past_key_values=cache)
-        clock.start = start
-        if source == "memory":
-            cache.crop(self.num_tokens - cache.get_seq_length())
-        return clock
+        if source != "memory":
+            return self._after(load_prefix(self.models, self.prefix_file), start)
+        return self._after(self.prefix_in_memory, start)
 
-    def paper_block(self) -> Clock:
-        """The paper's block shape (LayerNorm, RoPE, SwiGLU) in the places of the checkpoint's blocks."""
-        model = self.models.paper
-        return generate(model, self.models.question, context_cache=model.encode_context(self.document))
+    def _after(self, cache: DynamicCache, start: float) -> Clock:
+        """Transformers over the keys and values of `cache`, which stays as it is."""
+        kept = cache.get_seq_length()
+        # as many ids as keys: generate takes the others for the question
+        ids = torch.cat([self.document[:, :kept], self.models.question], dim=1)
+        clock = generate(self.models.base, ids, past_key_values=cache)
+        clock.start = start
+        cache.crop(kept - cache.get_seq_length())
+        return clock
 
     def cases(self, quick: bool) -> dict[str, Callable[[], Clock]]:
         """Every case of one round by name; cold ones first, as the others leave their pages in memory."""
-        names = ["hidden 16-bit", "hidden int8", "condensed 16-bit", "condensed int8"]
+        names = ["hidden 16-bit", "condensed 16-bit", "paper 16-bit", "hidden int8", "condensed int8"]
         names += [] if quick else ["hidden int4", "condensed int4"]
         cases = {}
         for name in names:
-            sources = ("file cold", "file warm", "memory", "projected") if "16-bit" in name else ("file warm",)
-            for source in sources:
+            sources = ("file cold", "file warm", "memory", "projected")
+            for source in sources if name in names[:2] or not quick else sources[1:2]:
                 cases[f"{name}, {source}"] = lambda name=name, source=source: self.ours(name, source)
         for source in ("file cold", "file warm", "memory"):
             cases[f"KV prefix, {source}"] = lambda source=source: self.prefix(source)
+        if importlib.util.find_spec("kvpress"):
+            pressed = pressed_cache(self.models, self.document)
+            cases["kvpress at 50 %, memory"] = lambda: self._after(pressed, time.perf_counter())
         return cases
 
     def measure(self, rounds: int, prompt_rounds: int, quick: bool) -> dict:
         """Seconds to the first token and between tokens of every case, the cases in turns."""
         self.prefix_in_memory = prefix_cache(self.models, self.document)
         save_prefix(self.prefix_in_memory, self.prefix_file)
-        kv_bytes = self.prefix_file.stat().st_size
+        kv_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in self.prefix_in_memory.layers)
+        sizes = {
+            "KV prefix": {"resident_bytes": kv_bytes, "file_bytes": self.prefix_file.stat().st_size},
+            "kvpress at 50 %": {"resident_bytes": kv_bytes // 2},
+            "text in the prompt": {"resident_bytes": kv_bytes},
+        } | self.sizes
         cases = self.cases(quick)
         clocks = {name: [] for name in (*cases, "text in the prompt")}
         for _ in range(rounds):
             for name, case in cases.items():
                 clocks[name].append(case())
-        del self.prefix_in_memory
+        del cases, self.prefix_in_memory
         gc.collect()
         for _ in range(prompt_rounds):
             clocks["text in the prompt"].append(self.prompt())
-        clocks["paper's block, encoded at request"] = [self.paper_block()]
-        found = {}
-        for name, taken in clocks.items():
-            found[name] = {
+        return {
+            name: {
                 "first_token_seconds": spread([clock.first for clock in taken]),
+                # the first step after the prefill warms up
                 "step_seconds": spread([step for clock in taken for step in clock.steps[1:]]),
+                **sizes.get(name.split(",")[0], {}),
             }
-            key = name.split(",")[0]
-            found[name] |= self.sizes.get(key, {})
-            if key in ("KV prefix", "text in the prompt"):
-                found[name] |= {"resident_bytes": kv_bytes}
-            if key == "KV prefix":
-                found[name] |= {"file_bytes": kv_bytes}
-        return found
+            for name, taken in clocks.items()
+        }
 
     def compiled(self) -> dict:
         """Static cache and torch.compile: ours on a projected context, theirs over the prompt's KV cache."""
@@ -207,6 +226,9 @@ class Requests:
         cache = model.load_context(self.files["hidden 16-bit"])
         runs = {
             "hidden 16-bit, file warm": lambda: generate(model, self.models.question, 4, context_cache=cache),
+            "KV prefix, file warm": lambda: generate(
+                self.models.base, self.whole_prompt, 4, past_key_values=load_prefix(self.models, self.prefix_file)
+            ),
             "text in the prompt": lambda: generate(self.models.base, self.whole_prompt, 4),
         }
         return {name: peak_bytes(run) for name, run in runs.items()}
