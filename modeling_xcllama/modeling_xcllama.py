@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
 from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaRotaryEmbedding
+from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils import can_return_tuple, logging
 
 from .configuration_xcllama import XCLlamaConfig
@@ -276,11 +277,13 @@ class XCLlamaForCausalLM(ContextGenerationMixin, XCLlamaPreTrainedModel, LlamaFo
 
 
 def keep_added_modules(quantization_config):
-    """A copy of a transformers quantization config that leaves the added modules, and the head, as they are.
+    """A copy of a transformers quantization config (or its dict) that leaves the added modules, and the head, whole.
 
     Raises:
         ValueError: the method has no list of modules to leave out.
     """
+    if isinstance(quantization_config, dict):
+        quantization_config = AutoQuantizationConfig.from_dict(quantization_config)
     fields = ("llm_int8_skip_modules", "modules_to_not_convert")
     field = next((name for name in fields if hasattr(quantization_config, name)), None)
     if field is None:

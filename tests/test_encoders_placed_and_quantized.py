@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from modeling_xcllama import XCLlamaForCausalLM
+from modeling_xcllama.modeling_xcllama import keep_added_modules
 
 FIELDS = {"cross_attention_layers": [1, 3], "cross_attention_gate": None}
 
@@ -216,6 +217,13 @@ def test_from_pretrained_quantizes_the_decoder_only(name, tmp_path):
     assert not is_quantized(loaded.lm_head)
     cache = loaded.encode_context(random_ids(2, 21))
     assert loaded.generate(random_ids(2, 5), context_cache=cache, max_new_tokens=4, do_sample=False).shape == (2, 9)
+
+
+def test_a_quantization_config_as_a_dict():
+    """`from_pretrained` takes both forms, and so do we."""
+    kept = keep_added_modules({"load_in_8bit": True}).llm_int8_skip_modules
+    assert kept == keep_added_modules(BITSANDBYTES["bitsandbytes_8bit"]).llm_int8_skip_modules
+    assert {"lm_head", "model.cross_attention_blocks", "model.context_projections", "model.encoder"} <= set(kept)
 
 
 def test_lora_beside_the_added_layers(tmp_path):
