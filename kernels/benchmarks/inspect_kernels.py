@@ -20,7 +20,7 @@ import triton
 from ahead_of_time import SHARED_LIMIT, TARGETS, inspect, source_of
 from provenance import provenance, write_json
 from traffic import CHIPS, Shape, decode_traffic, forward_traffic
-from variants import DTYPES, HEAD_DIMS, Variant, all_variants, attention_tensors, one_variant_a_kernel
+from variants import DTYPES, PARTIAL, WHOLE, Variant, all_variants, attention_tensors, one_variant_a_kernel
 from xcllama_kernels.decode import plan_decode
 from xcllama_kernels.forward import plan_forward
 from xcllama_kernels.launch import INTERPRETED, Launch
@@ -117,7 +117,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=list(TARGETS))
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES))
-    parser.add_argument("--head-dims", nargs="+", type=int, default=list(HEAD_DIMS), choices=HEAD_DIMS)
+    parser.add_argument("--head-dims", nargs="+", type=int, default=list(WHOLE + PARTIAL), choices=WHOLE + PARTIAL)
     parser.add_argument("--jobs", type=int, default=2, help="processes that compile")
     parser.add_argument(
         "--cache", type=Path, default=CACHE, help=f"records of the same code, not compiled again ({CACHE})"
