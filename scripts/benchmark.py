@@ -84,7 +84,10 @@ def main() -> int:
     begin = time.perf_counter()
 
     def save(name: str, figures) -> None:
-        results[name] = figures
+        if name.startswith("compiled_") and (measured := f"context_{name.split('_')[1]}") in results:
+            results[measured]["requests"] |= figures["requests"]
+        else:
+            results[name] = figures
         write_result(arguments.results, results | {"ratios": ratios(results)}, seed=SEED)
         print(f"{time.perf_counter() - begin:6.0f} s  {name}", flush=True)
 

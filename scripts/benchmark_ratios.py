@@ -8,8 +8,9 @@ def ratios(results: dict) -> dict[str, dict]:
     the requests that pay for encoding.
     """
     found: dict[str, dict] = {}
-    for length, part in requests_by_length(results).items():
-        found |= request_ratios(part, length, results["limits"])
+    for name, part in results.items():
+        if name.startswith("context_") and "requests" in part:
+            found |= request_ratios(part, int(name.split("_")[1]), results["limits"])
     found |= batch_ratios(results)
     if encoding := results.get("encoding"):
         rates, limits = encoding["tokens_per_second"], results["limits"]
@@ -24,17 +25,6 @@ def ratios(results: dict) -> dict[str, dict]:
         found["encoding, share of the matrix-product limit"] = _ratio(rates["ours"] / limit, 0.7)
     if lookup := results.get("context_lookup"):
         found["context lookup over plain decoding, a quotation of 64 tokens"] = _ratio(lookup["ratio"], 2)
-    return found
-
-
-def requests_by_length(results: dict) -> dict[int, dict]:
-    """What was measured of one request at each context length, compiled steps included."""
-    found = {}
-    for name, part in results.items():
-        if name.startswith("context_") and "requests" in part:
-            length = int(name.split("_")[1])
-            compiled = results.get(f"compiled_{length}", {"requests": {}})
-            found[length] = part | {"requests": part["requests"] | compiled["requests"]}
     return found
 
 

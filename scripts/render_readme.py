@@ -10,7 +10,6 @@ import re
 import sys
 from pathlib import Path
 
-from benchmark_ratios import requests_by_length
 from transformers import BertConfig
 
 from model_cards.costs import cache_bytes, key_value_bytes
@@ -155,13 +154,13 @@ def speed_table() -> str:
     result = read_result(RESULTS, "benchmark")
     if result is None:
         return "Not measured yet: `make bench`."
-    measured = requests_by_length(result)
+    measured = [int(name.split("_")[1]) for name in result if name.startswith("context_") and name[8:].isdecimal()]
     length = 4096 if 4096 in measured else max(measured)
     lines = [
         f"| {length:,} tokens of context, one request | first token | a token after it | on disk | keys and values |",
         "|---|" + "---:|" * 4,
     ]
-    for name, row in measured[length]["requests"].items():
+    for name, row in result[f"context_{length}"]["requests"].items():
         times = (row.get(field, {}).get("median") for field in ("first_token_seconds", "step_seconds"))
         sizes = (row.get(field) for field in ("file_bytes", "resident_bytes"))
         cells = ["" if seconds is None else f"{1000 * seconds:,.1f} ms" for seconds in times]
