@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from transformers.modeling_utils import PreTrainedModel
 
 # tokens encoded in one batch, padding included
 TOKENS_PER_BATCH = 4096
@@ -46,6 +47,14 @@ def unpad(input_ids: Tensor, attention_mask: Tensor | None) -> list[Tensor]:
             f"got {list(attention_mask.shape)}."
         )
     return [ids[mask.bool()] for ids, mask in zip(input_ids, attention_mask, strict=True)]
+
+
+def bare_encoder(model: PreTrainedModel) -> PreTrainedModel:
+    """The part of an encoder that makes states: no decoder, no pooler."""
+    model = model.get_encoder() if model.config.is_encoder_decoder else model
+    if getattr(model, "pooler", None) is not None:
+        model.pooler = None
+    return model
 
 
 def num_positions(config) -> int:

@@ -9,7 +9,6 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
-from transformers.modeling_utils import PreTrainedModel
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
     LlamaDecoderLayer,
@@ -23,6 +22,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .configuration_xcllama import XCLlamaConfig
 from .context_cache import ContextCache, ProjectedContext
 from .context_encoding import (
+    bare_encoder,
     batches_by_length,
     execution_device,
     num_positions,
@@ -239,6 +239,20 @@ class XCLlamaModel(XCLlamaPreTrainedModel, LlamaModel):
             states = self._run_layers(self.embed_tokens(ids), None, positions, None, num_layers, use_cache=False)
             return self.norm(states) if layer in (None, self.config.num_hidden_layers) else states
 
+    def encode_packed(self, sequences: list[Tensor]) -> Tensor:
+        """States `[num_tokens, width]` of sequences of ids: batches of similar length, windows of long ones."""
+        config = self.config if self.encoder is None else self.config.encoder_config
+        most = num_positions(config)
+        pieces = [(n, span) for n, ids in enumerate(sequences) for span in windows(len(ids), most)]
+        encoded: dict[tuple, Tensor] = {}
+        for batch in batches_by_length([end - start for _, (start, end) in pieces]):
+            ids, mask = pad_right([sequences[pieces[i][0]][slice(*pieces[i][1])] for i in batch])
+            for index, states in zip(batch, self.encode_batch(ids, mask), strict=True):
+                start, end = pieces[index][1]
+                encoded[pieces[index]] = states[: end - start]
+        empty = torch.zeros((0, self.config.context_width), dtype=self.embed_tokens.weight.dtype)
+        return torch.cat([empty.to(sequences[0].device), *(encoded[piece] for piece in pieces)])
+
     def _encode(self, context_input_ids: Tensor, context_attention_mask: Tensor | None) -> ContextCache:
         sequences = unpad(context_input_ids.to(execution_device(self.embed_tokens)), context_attention_mask)
         lengths = [len(sequence) for sequence in sequences]
@@ -247,16 +261,7 @@ class XCLlamaModel(XCLlamaPreTrainedModel, LlamaModel):
                 f"a context has {max(lengths)} tokens, `context_max_length` is {self.config.context_max_length}; "
                 "pass `truncation=True` to the processor, split the text, or raise the limit in the config."
             )
-        config = self.config if self.encoder is None else self.config.encoder_config
-        pieces = [(n, span) for n, length in enumerate(lengths) for span in windows(length, num_positions(config))]
-        encoded: dict[tuple, Tensor] = {}
-        for batch in batches_by_length([end - start for _, (start, end) in pieces]):
-            ids, mask = pad_right([sequences[pieces[i][0]][slice(*pieces[i][1])] for i in batch])
-            for index, states in zip(batch, self.encode_batch(ids, mask), strict=True):
-                start, end = pieces[index][1]
-                encoded[pieces[index]] = states[: end - start]
-        empty = torch.zeros((0, self.config.context_width), dtype=self.embed_tokens.weight.dtype)
-        packed = torch.cat([empty.to(sequences[0].device), *(encoded[piece] for piece in pieces)])
+        packed = self.encode_packed(sequences)
         if packed.numel() and not packed.detach().abs().amax().isfinite():
             raise ValueError(
                 f"the context states have NaN or infinite values in {packed.dtype}; load the model in float32."
@@ -389,11 +394,3 @@ class XCLlamaModel(XCLlamaPreTrainedModel, LlamaModel):
     def trust_fingerprint(self) -> None:
         """Take the fingerprint in the config as that of the weights as they are now (right after loading)."""
         self._encoding_versions = [tensor._version for tensor in self._encoding_tensors().values()]
-
-
-def bare_encoder(model: PreTrainedModel) -> PreTrainedModel:
-    """The part of an encoder that makes states: no decoder, no pooler."""
-    model = model.get_encoder() if model.config.is_encoder_decoder else model
-    if getattr(model, "pooler", None) is not None:
-        model.pooler = None
-    return model

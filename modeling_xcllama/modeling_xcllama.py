@@ -21,10 +21,10 @@ from transformers.utils import can_return_tuple, logging
 
 from .configuration_xcllama import XCLlamaConfig
 from .context_cache import ContextCache, ProjectedContext
-from .context_encoding import weights_digest
+from .context_encoding import bare_encoder, weights_digest
 from .context_repository import load_contexts
 from .cross_attention import log_implementation
-from .decoder_xcllama import XCLlamaModel, XCLlamaPreTrainedModel, bare_encoder
+from .decoder_xcllama import XCLlamaModel, XCLlamaPreTrainedModel
 from .decoding_speed import decoding_products
 from .generation_xcllama import ContextGenerationMixin
 from .pipeline_xcllama import TASK, ContextQuestionAnsweringPipeline

@@ -8,10 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from modeling_xcllama.context_cache import ContextCache, ProjectedContext
-from modeling_xcllama.context_encoding import pad_right
 from modeling_xcllama.context_projection import rotate_keys
 from modeling_xcllama.cross_attention import ContextRows
-from modeling_xcllama.decoder_xcllama import XCLlamaModel
 from training.collator import Batch
 from training.recipe import Recipe
 
@@ -84,7 +82,10 @@ class Objective(nn.Module):
                 {"hidden": batch.context_states}, batch.offsets, ids, model.context_fingerprint(), batch.rows
             )
         # fingerprints of trained weights change with every step, so no cache is made of their states
-        states = encode_packed(model, batch) if batch.context_states is None else batch.context_states
+        states = batch.context_states
+        if states is None:
+            sizes = [end - start for start, end in zip(batch.offsets[:-1], batch.offsets[1:], strict=True)]
+            states = model.encode_packed(batch.context_ids.split(sizes))
         tokens, rows = _joined(batch.offsets, batch.rows)
         pairs = [projection(states) for projection in model.context_projections]
         if tokens is not None:
@@ -113,14 +114,6 @@ class Objective(nn.Module):
 def _causal(model: nn.Module) -> nn.Module:
     """The causal language model itself, without peft's wrapper."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def encode_packed(model: XCLlamaModel, batch: Batch) -> Tensor:
-    """States `[num_tokens, width]` of the passages of a batch, with a gradient where the encoder is trained."""
-    spans = list(zip(batch.offsets[:-1], batch.offsets[1:], strict=True))
-    ids, mask = pad_right([batch.context_ids[start:end] for start, end in spans])
-    states = model.encode_batch(ids, mask)
-    return torch.cat([states[row, : end - start] for row, (start, end) in enumerate(spans)])
 
 
 def _joined(offsets: tuple[int, ...], rows: tuple[tuple[int, ...], ...]) -> tuple[Tensor | None, ContextRows]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from modeling_xcllama import ContextCache, XCLlamaForCausalLM
-from modeling_xcllama.context_encoding import batches_by_length, pad_right, weights_digest
+from modeling_xcllama.context_encoding import weights_digest
 
 logger = logging.getLogger(__name__)
 
@@ -73,15 +73,9 @@ def encode_in_memory(model: XCLlamaForCausalLM, passages: list[list[int]]) -> St
 @torch.no_grad()
 def _encode(model: XCLlamaForCausalLM, passages: list[list[int]]) -> ContextCache:
     """The packed states of `passages` in their order: those that get projected, whatever the layout of caches."""
-    core, device = model.model, model.device
-    states: dict[int, Tensor] = {}
-    for batch in batches_by_length(list(map(len, passages))):
-        ids, mask = pad_right([torch.tensor(passages[index], device=device) for index in batch])
-        for index, encoded in zip(batch, core.encode_batch(ids, mask), strict=True):
-            states[index] = encoded[: len(passages[index])].cpu()
     offsets = tuple(accumulate(map(len, passages), initial=0))
     token_ids = torch.tensor([token for ids in passages for token in ids], dtype=torch.int32)
-    hidden = torch.cat([states[index] for index in range(len(passages))])
+    hidden = model.model.encode_packed([torch.tensor(ids, device=model.device) for ids in passages]).cpu()
     return ContextCache({"hidden": hidden}, offsets, token_ids, encoder_digest(model))
 
 

@@ -59,10 +59,10 @@ def _states(source, target, passages: list[str]) -> tuple[Tensor, Tensor]:
     for text in passages:
         parts = []
         for model, processor in (source, target):
-            ids = processor(contexts=[text], return_tensors="pt")["context_input_ids"]
+            ids = processor(contexts=[text], return_tensors="pt")["context_input_ids"].to(model.device)
             # trained weights may be wider than frozen ones
-            with torch.autocast(ids.device.type, dtype=model.dtype, enabled=model.dtype != torch.float32):
-                states = model.model.encode_batch(ids, torch.ones_like(ids))[0].float()
+            with torch.autocast(model.device.type, dtype=model.dtype, enabled=model.dtype != torch.float32):
+                states = model.model.encode_packed(list(ids)).float().cpu()
             parts.append((states, _ends(processor, text)))
         (old, old_ends), (new, new_ends) = parts
         # a token without text, as the one that starts a sequence, stands for the first one
