@@ -5,6 +5,7 @@ OUTPUT/baselines/{prompt, none, lora_prompt, ...}
 """
 
 import hashlib
+import json
 import shlex
 import subprocess
 import sys
@@ -56,10 +57,10 @@ class Models:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One call of the evaluation: where it writes, its model, and what it is told of it."""
+    """A model and what it reads: where results go, the digest of all weights that take part, arguments of lm-eval."""
 
     output: Path
-    model: str
+    digest: str
     options: tuple[str, ...]
 
 
@@ -73,23 +74,29 @@ def plan(models: Models, methods: Sequence[str], output: Path) -> Iterator[tuple
         if method in CROSS:
             for checkpoint in models.checkpoints:
                 folder = output / Path(checkpoint).name
-                kept = folder / f"contexts-{weights_digest(checkpoint)[:8]}"
-                values = CROSS[method] | {"context_cache_dir": str(kept)}
-                yield method, _evaluation(folder / method, "xcllama", checkpoint, values)
+                digest = weights_digest(checkpoint)
+                values = CROSS[method] | {"context_cache_dir": str(folder / f"contexts-{digest[:8]}")}
+                yield method, _evaluation(folder / method, "xcllama", checkpoint, digest, values)
             continue
         kind, values = BASELINES.get(method, ("", {}))
         found = getattr(models, kind) if kind else None
         if not found:
             known = ", ".join([*CROSS, *BASELINES])
             raise ValueError(f"method {method!r} is unknown or lacks its model; known are {known} (see --help).")
-        model = found[0] if kind == "checkpoints" else found
-        yield method, _evaluation(output / "baselines" / method, "fid" if kind == "fid" else "xcllama", model, values)
+        place = output / "baselines" / method
+        if kind == "checkpoints":
+            yield method, _evaluation(place, "xcllama", found[0], base_digest(found[0]), values)
+        else:
+            name = "fid" if kind == "fid" else "xcllama"
+            yield method, _evaluation(place, name, found, weights_digest(found), values)
 
 
-def _evaluation(output: Path, kind: str, model: str, values: dict[str, str]) -> Evaluation:
+def _evaluation(output: Path, kind: str, model: str, digest: str, values: dict[str, str]) -> Evaluation:
     pairs = ",".join(f"{key}={value}" for key, value in {"pretrained": model, **values}.items())
     template = ("--apply_chat_template",) if kind == "xcllama" else ()
-    return Evaluation(output, model, ("--model", kind, "--model_args", pairs, "--output_path", str(output), *template))
+    return Evaluation(
+        output, digest, ("--model", kind, "--model_args", pairs, "--output_path", str(output), *template)
+    )
 
 
 def weights_digest(model: str) -> str:
@@ -99,6 +106,15 @@ def weights_digest(model: str) -> str:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
+
+
+def base_digest(checkpoint: str) -> str:
+    """Digest of the frozen decoder of a checkpoint and of its chat template: all that its baselines use of it."""
+    config, template = Path(checkpoint) / "config.json", Path(checkpoint) / "chat_template.jinja"
+    base = json.loads(config.read_text()).get("base_model_digest") if config.is_file() else None
+    if base is None:
+        return weights_digest(checkpoint)
+    return hashlib.sha256((base + (template.read_text() if template.is_file() else "")).encode()).hexdigest()
 
 
 def compare(
@@ -123,10 +139,9 @@ def compare(
     """
     failures = 0
     for method, evaluation in list(plan(models, methods, output)):
-        digest = weights_digest(evaluation.model)
         for task in control_tasks if method in CONTROLS else tasks:
             asked = [*evaluation.options, "--tasks", task, *arguments, "--log_samples"]
-            done, state = evaluation.output / f"{task}.done", f"{shlex.join(asked)}\n{digest}\n"
+            done, state = evaluation.output / f"{task}.done", f"{shlex.join(asked)}\n{evaluation.digest}\n"
             if done.exists() and done.read_text() == state:
                 print(f"{evaluation.output}, {task}: done before")
                 continue

@@ -47,10 +47,11 @@ class FusionInDecoderLM(HFLM):
             self.model.to(self._device)
 
     def passages(self, request: Instance) -> list[str]:
-        """What the encoder reads: the authors' format."""
-        titles = request.doc["titles_list"]
-        pairs = zip(titles, contexts_of(request), strict=True)
-        return [f"question: {request.doc['question']} title: {title} context: {text}" for title, text in pairs]
+        """What the encoder reads: the authors' format, earlier turns of a conversation in front of the question."""
+        turns = [part for turn in request.doc["history"] for part in (turn["question"], turn["answer"])]
+        question = " ".join([*turns, request.doc["question"]])
+        pairs = zip(request.doc["titles_list"], contexts_of(request), strict=True)
+        return [f"question: {question} title: {title} context: {text}" for title, text in pairs]
 
     @torch.no_grad()
     def encode(self, passages: list[str]) -> tuple[torch.Tensor, int]:

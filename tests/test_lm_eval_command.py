@@ -60,6 +60,7 @@ def test_every_mode_writes_quality_and_cost(run, checkpoint, tmp_path, mode):
     figures = found["results"]["xc_squad_v2"]
     for metric in ("exact_match", "f1", "answer_recall", "rouge_l", "k_precision", "no_answer_accuracy"):
         assert 0 <= figures[f"{metric},none"] <= 1
+        assert figures[f"{metric}_stderr,none"] >= 0
     for sample in samples(tmp_path / "out", "xc_squad_v2"):
         assert sample["time_to_first_token"] > 0
         assert sample["generated_tokens"] >= 1

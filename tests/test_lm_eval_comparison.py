@@ -63,18 +63,16 @@ def test_comparison_plan(tmp_path, checkpoint):
     models = comparison.Models([checkpoint, "org/other"], lora_prompt="adapters/lora")
     methods = models.default_methods()
     assert methods == [*comparison.CROSS, "none", "prompt", "prompt_kv", "lora_prompt"]
-    found = [
-        (method, evaluation.model, evaluation.output)
-        for method, evaluation in comparison.plan(models, methods, tmp_path)
-    ]
+    found = []
+    for method, evaluation in comparison.plan(models, methods, tmp_path):
+        arguments = dict(pair.split("=") for pair in evaluation.options[3].split(","))
+        found.append((method, arguments["pretrained"], evaluation.output))
     # each checkpoint reads its own cache; the baselines run once
     assert [entry[1] for entry in found if entry[0] == "cross_int8"] == [checkpoint, "org/other"]
     assert ("prompt", checkpoint, tmp_path / "baselines" / "prompt") in found
     assert ("lora_prompt", "adapters/lora", tmp_path / "baselines" / "lora_prompt") in found
-    (first, second) = (
-        dict(comparison.plan(comparison.Models([checkpoint]), [name], tmp_path))[name].options
-        for name in ("cross", "cross_shuffled")
-    )
+    planned = dict(comparison.plan(comparison.Models([checkpoint]), ["cross", "cross_shuffled"], tmp_path))
+    first, second = (planned[name].options for name in ("cross", "cross_shuffled"))
     # right and wrong contexts come from one folder
     folder = first[3].split("context_cache_dir=")[1]
     assert second[3] == f"pretrained={checkpoint},context_mode=cross_shuffled,context_cache_dir={folder}"
@@ -107,9 +105,12 @@ def test_what_was_compared_is_not_run_again(tmp_path, checkpoint, monkeypatch):
     assert compare() == (1, [(none, "xc_coqa"), (none, "xc_drop"), (control, "xc_coqa")])
     # what failed is tried again
     assert compare() == (1, [(none, "xc_drop")])
-    # other weights are another model
+    # other weights read the cache otherwise; the baselines use the same base as before
     (Path(checkpoint) / "more.safetensors").write_bytes(b"x")
-    assert compare() == (1, [(none, "xc_coqa"), (none, "xc_drop"), (control, "xc_coqa")])
+    assert compare() == (1, [(none, "xc_drop"), (control, "xc_coqa")])
+    config = json.loads((Path(checkpoint) / "config.json").read_text())
+    (Path(checkpoint) / "config.json").write_text(json.dumps(config | {"base_model_digest": "other"}))
+    assert compare() == (1, [(none, "xc_coqa"), (none, "xc_drop")])
 
 
 @pytest.mark.slow

@@ -1,5 +1,9 @@
 """Fusion-in-Decoder on a tiny random T5: against the plain T5, order of contexts, the authors' weight names."""
 
+import json
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from lm_eval.api.instance import Instance
@@ -10,6 +14,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
+from lm_eval_tasks import tables
 from lm_eval_tasks.fusion_in_decoder import FusionInDecoderLM
 
 CONTEXTS = ["cat sat", "dog ran far", "red boat"]
@@ -53,7 +58,7 @@ def folder(tmp_path_factory):
 
 
 def request(kind: str, arguments: tuple, contexts: list[str]) -> Instance:
-    document = {"question": "who", "contexts_list": contexts, "titles_list": ["" for _ in contexts]}
+    document = {"question": "who", "contexts_list": contexts, "titles_list": ["" for _ in contexts], "history": []}
     return Instance(kind, document, arguments, 0, metadata=("task", 0, 1))
 
 
@@ -90,6 +95,32 @@ def test_all_contexts_count_and_their_order_does_not(folder):
     # encoded apart, read without positions: the decoder sees a set
     assert score(CONTEXTS) == pytest.approx(score(CONTEXTS[::-1]), abs=1e-4)
     assert score(CONTEXTS) != pytest.approx(score(CONTEXTS[:2]), abs=1e-4)
+
+
+def test_earlier_turns_stand_in_front_of_the_question(folder):
+    asked = request("generate_until", ("x", GENERATION), CONTEXTS[:2])
+    asked.doc["history"] = [{"question": "red", "answer": "cat"}]
+    asked.doc["titles_list"] = ["far", ""]
+    first, second = load(folder).passages(asked)
+    assert first == "question: red cat who title: far context: cat sat"
+    assert second == "question: red cat who title:  context: dog ran far"
+
+
+def test_through_the_same_tasks(folder, tmp_path, monkeypatch):
+    from lm_eval_tasks import command
+
+    fixtures = Path(__file__).parent / "fixtures"
+    data = {"paths": {"squad_v2": str(fixtures / "squad_v2.json")}, "split": "all", "bertscore_model": "none"}
+    arguments = ["--model", "fid", "--model_args", f"pretrained={folder},dtype=float32", "--device", "cpu",
+                 "--tasks", "xc_squad_v2", "--metadata", json.dumps(data), "--output_path", str(tmp_path),
+                 "--log_samples"]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["xcllama-eval", *arguments])
+    assert command.main() == 0
+    (run,) = tables.load_runs([tmp_path])
+    assert (run.task, run.mode) == ("xc_squad_v2", "fid")
+    assert 0 <= run.metrics["f1"][0] <= 1
+    for name in ("context_tokens", "generated_tokens", "time_to_first_token"):
+        assert min(run.samples[name].values()) > 0
 
 
 def test_weights_with_the_authors_names(folder, tmp_path):

@@ -98,6 +98,8 @@ def test_cost_of_an_answer(lm):
         for dtype in ("bfloat16", "int8", "int4")
     }
     assert full[0].cost.cache_bytes == 2 * sizes["bfloat16"] > 2 * sizes["int8"] > 2 * sizes["int4"]
+    scored = lm().loglikelihood(choices())
+    assert all(score.cost.time_to_first_token > 0 and score.cost.generated_tokens is None for score in scored)
     prefix = lm("prompt_kv").generate_until(generation())
     # two of keys and values, 4 layers, 2 heads, width 8, 4 bytes
     head = len("Question: ") + len(CONTEXTS[0]) + 2
