@@ -19,7 +19,8 @@ assert importlib.util.find_spec("modeling_xcllama") is None
 sys.path.insert(0, sys.argv[1])
 runpy.run_path(sys.argv[1] + "/app.py", run_name="__main__")
 """
-PATIENCE_SECONDS = 600.0
+# what a machine that does much else may take
+PATIENCE_SECONDS = 1800.0
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """What the tests of publishing share: a Hub on loopback for this process, and a tiny checkpoint with real records."""
 
 import json
+import re
 import shutil
 import sys
 import time
@@ -24,6 +25,7 @@ TESTS = Path(__file__).resolve().parent
 CHECKPOINT = TESTS.parent / "checkpoints" / "xc-smollm2-135m"
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 TOKEN = "hf_only_this_one"
+NUMBER = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?")
 
 
 @contextmanager
@@ -95,6 +97,34 @@ def make_adapter(cache: Path, folder: Path) -> Path:
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe | {"method": "lora_prompt"}))
     (folder / "chat_template.jinja").write_text("{% for message in messages %}{{ message['content'] }}!{% endfor %}")
     return folder
+
+
+def values_in(data) -> Iterator:
+    """All numbers and strings of a JSON document, keys too."""
+    if isinstance(data, dict):
+        yield from data
+        for value in data.values():
+            yield from values_in(value)
+    elif isinstance(data, list):
+        for value in data:
+            yield from values_in(value)
+    elif data is not None:
+        yield data
+
+
+def written(value) -> set[str]:
+    """The ways a card may write a value: rounded, in hours, in per cent; of a string the numbers in it."""
+    if isinstance(value, str):
+        return set(NUMBER.findall(value))
+    scaled = (value, value / 3600, 100 * value)
+    return {str(value)} | {f"{number:{form}}" for number in scaled for form in (",.0f", ".0f", ".1f", ".2f", ".3f")}
+
+
+def strange_numbers(card: str, data: list, *templates: Path) -> set[str]:
+    """Numbers of a card that are neither among the values of `data` nor in the words of its templates."""
+    allowed = set().union(*(written(value) for value in values_in(data)))
+    words = [re.sub(r"\{[{%].*?[%}]\}", "", template.read_text(), flags=re.DOTALL) for template in templates]
+    return set(NUMBER.findall(card)) - allowed - set(NUMBER.findall("".join(words)))
 
 
 @pytest.fixture(scope="module")

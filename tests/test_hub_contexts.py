@@ -11,8 +11,11 @@ from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 from context_store import ContextStore
-from context_store.snapshot import pull
+from context_store.manifest import Folder, Manifest
+from context_store.snapshot import pull, write_card
 from model_cards.assembling import write_index
+from model_cards.rendering import check_card
+from modeling_xcllama import XCLlamaForCausalLM
 from modeling_xcllama.context_repository import load_contexts
 
 TESTS = Path(__file__).resolve().parent
@@ -35,6 +38,16 @@ def corpus(tmp_path_factory) -> Path:
     write_index(folder / "snapshot", manifest)
     assert len(manifest.shards) > 2
     return folder / "snapshot"
+
+
+def test_the_card_says_what_the_manifest_says(corpus):
+    manifest = Manifest.from_json((corpus / "manifest.json").read_text(), str(corpus))
+    write_card(Folder(corpus), manifest, "Lighthouses", "cc-by-4.0", "org/lighthouses")
+    card = (corpus / "README.md").read_text()
+    assert check_card(card, "card")["license"] == "cc-by-4.0"
+    data = [json.loads((corpus / "manifest.json").read_text()), manifest.nbytes, manifest.nbytes / manifest.tokens]
+    template = TESTS.parent / "model_cards" / "context_card.md.jinja"
+    assert SUPPORT["strange_numbers"](card, [*data, len(manifest.shards), 4.0], template) == set()
 
 
 def push_corpus(corpus: Path, name: str, **fields) -> str:
@@ -81,6 +94,21 @@ def test_a_download_cut_off_is_never_loaded(server, corpus, monkeypatch):
             load_contexts(repo_id)
     server.store.faults.clear()
     assert_whole(repo_id, corpus)
+
+
+def test_a_model_cut_off_is_never_loaded(server, tiny_model, tmp_path, monkeypatch):
+    tiny_model.save_pretrained(tmp_path / "model")
+    push(tmp_path / "model", model_target("model"))
+    server.store.faults.append(cut_download("model.safetensors"))
+    with pytest.raises((HTTPError, OSError)):
+        XCLlamaForCausalLM.from_pretrained("tester/model", revision="v1")
+    with monkeypatch.context() as offline:
+        offline.setattr(constants, "HF_HUB_OFFLINE", True)
+        with pytest.raises(OSError, match="model.safetensors"):
+            XCLlamaForCausalLM.from_pretrained("tester/model", revision="v1")
+    server.store.faults.clear()
+    loaded = XCLlamaForCausalLM.from_pretrained("tester/model", revision="v1")
+    assert all(torch.equal(weight, loaded.state_dict()[name]) for name, weight in tiny_model.state_dict().items())
 
 
 def test_a_full_disk_while_downloading(server, corpus, tmp_path):

@@ -4,7 +4,7 @@ import json
 import re
 import runpy
 import shutil
-from collections.abc import Iterator
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,7 @@ from huggingface_hub import EvalResultEntry, ModelCard
 from transformers import AutoProcessor, AutoTokenizer, BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 from dataset_builders import SOURCES
+from dataset_builders.card import render_card
 from model_cards.assembling import (
     assemble_adapter,
     assemble_kernel,
@@ -26,9 +27,11 @@ from model_cards.costs import cache_bytes, key_value_bytes, projected_bytes
 from model_cards.model_card import (
     CASES,
     DEFAULT,
+    adapter_card,
     checkpoint_card,
     conversion_card,
     eval_results_yaml,
+    is_adapter,
     read_result,
     readme,
     token_costs,
@@ -40,54 +43,39 @@ from modeling_xcllama.checkpoints import is_added_weights, load_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 SUPPORT = runpy.run_path(str(Path(__file__).with_name("publishing_support.py")))
+strange_numbers = SUPPORT["strange_numbers"]
 RESULTS = ROOT / "results"
-CHECKPOINTS = [folder for folder in sorted((ROOT / "checkpoints").iterdir()) if is_added_weights(folder)]
-NUMBER = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?")
+FOLDERS = sorted((ROOT / "checkpoints").iterdir())
+CHECKPOINTS = [folder for folder in FOLDERS if is_added_weights(folder)]
+ADAPTERS = [folder for folder in FOLDERS if is_adapter(folder)]
+NUMBER = SUPPORT["NUMBER"]
 
 
 def card_of(folder: Path, results: Path = RESULTS) -> str:
     return checkpoint_card(folder, XCLlamaConfig.from_pretrained(folder), results, f"org/{folder.name}")
 
 
-def values_in(data) -> Iterator:
-    """All numbers and strings of a JSON document, keys too."""
-    if isinstance(data, dict):
-        yield from data
-        for value in data.values():
-            yield from values_in(value)
-    elif isinstance(data, list):
-        for value in data:
-            yield from values_in(value)
-    elif data is not None:
-        yield data
-
-
-def written(value) -> set[str]:
-    """The ways a card may write a value: rounded, in hours, in per cent; of a string the numbers in it."""
-    if isinstance(value, str):
-        return set(NUMBER.findall(value))
-    scaled = (value, value / 3600, 100 * value)
-    return {str(value)} | {f"{number:{form}}" for number in scaled for form in (",.0f", ".0f", ".1f", ".2f", ".3f")}
-
-
-def untraced(card: str, folder: Path, template: str = "model_card.md.jinja") -> set[str]:
+def untraced(card: str, folder: Path) -> set[str]:
     """Numbers of a card that are in none of the files it is filled from, nor in the words of its templates."""
-    sources = [json.loads((folder / name).read_text()) for name in ("training.json", "config.json")]
-    sources.append(yaml.safe_load((folder / "recipe.yaml").read_text()))
-    files = (f"eval_{folder.name}", f"training_{folder.name}", "demo", "benchmark")
-    results = [read_result(RESULTS, name) for name in files]
-    sources += [result for result in results if result is not None]
-    sources.append([SOURCES[name].licence + SOURCES[name].homepage for name in SOURCES])
     config = XCLlamaConfig.from_pretrained(folder)
     costs = token_costs(config)
     shares = [size / costs["key_value"] for size in (*costs["file"].values(), costs["projected"])]
-    measured = read_result(RESULTS, f"training_{folder.name}")
-    totals = [sum(stage["seconds"] for stage in sources[0]["stages"]), config.context_width]
+    results = [read_result(RESULTS, name) for name in (f"eval_{folder.name}", "demo", "benchmark")]
+    sources = [json.loads((folder / "config.json").read_text()), config.context_width, costs, shares, results]
+    templates = (FOLDER / "model_card.md.jinja", *FOLDER.glob("_*.jinja"))
+    return strange_numbers(card, [*sources, *training_sources(folder)], *templates)
+
+
+def training_sources(folder: Path) -> list:
+    """What the training section of every card is filled from."""
+    trained, measured = (
+        json.loads((folder / "training.json").read_text()),
+        read_result(RESULTS, f"training_{folder.name}"),
+    )
+    terms = [SOURCES[name].licence + SOURCES[name].homepage for name in SOURCES]
+    totals = [sum(stage["seconds"] for stage in trained["stages"])]
     totals += [] if measured is None else [sum(measured["parameters"].values())]
-    allowed = set().union(*(written(value) for value in values_in([*sources, costs, shares, totals])))
-    words = [re.sub(r"\{[{%].*?[%}]\}", "", (FOLDER / name).read_text(), flags=re.DOTALL)
-             for name in (template, *(path.name for path in FOLDER.glob("_*.jinja")))]  # fmt: skip
-    return set(NUMBER.findall(card)) - allowed - set(NUMBER.findall("".join(words)))
+    return [trained, measured, yaml.safe_load((folder / "recipe.yaml").read_text()), terms, totals]
 
 
 def test_there_is_a_checkpoint():
@@ -103,6 +91,16 @@ def test_every_figure_is_traced_and_every_section_filled(folder):
     assert titles >= {"Use", "What a context token costs", "Training", "Limits", "Citation"}
     assert ("Evaluation" in titles) == (read_result(RESULTS, f"eval_{folder.name}") is not None)
     assert ("Held-out figures" in titles) == (read_result(RESULTS, f"training_{folder.name}") is not None)
+
+
+@pytest.mark.parametrize("folder", ADAPTERS, ids=lambda folder: folder.name)
+def test_every_figure_of_an_adapter_is_traced(folder):
+    card = adapter_card(folder, RESULTS, f"org/{folder.name}")
+    sources = [json.loads((folder / "adapter_config.json").read_text()), read_result(RESULTS, f"eval_{DEFAULT}")]
+    templates = (FOLDER / "adapter_card.md.jinja", *FOLDER.glob("_*.jinja"))
+    assert strange_numbers(card, [*sources, *training_sources(folder)], *templates) == set()
+    titles = set(re.findall(r"^## (.*)$", card, re.MULTILINE))
+    assert titles >= {"Use", "Training", "Limits", "Citation"}
 
 
 @pytest.mark.parametrize("folder", CHECKPOINTS, ids=lambda folder: folder.name)
@@ -325,6 +323,20 @@ def test_the_kernel_card(tmp_path):
     card = (tmp_path / "kernel" / "README.md").read_text()
     assert check_card(card, "card")["license"] == "apache-2.0"
     assert 'get_kernel("org/kernels", version=1' in card
+    records = json.loads((RESULTS / "kernels_inspect.json").read_text())
+    variants = Counter((row["kernel"], row["target"], row["dtype"]) for row in records["kernels"])
+    template = ROOT / "kernels" / "CARD.md"
+    assert strange_numbers(card, [records, list(variants.values())], template) == set()
+    assert strange_numbers(card + "123456", [records, list(variants.values())], template) == {"123456"}
+
+
+def test_the_card_of_the_data_mix():
+    table = json.loads((RESULTS / "dataset_mix.json").read_text())
+    card = render_card(table, "org/mix")
+    check_card(card, "card")
+    # the size of the whole in the header is a range
+    ranges = [0, 1_000, 10_000, 100_000]
+    assert strange_numbers(card, [table, ranges], FOLDER / "dataset_card.md.jinja") == set()
 
 
 @pytest.mark.parametrize(
