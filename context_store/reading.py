@@ -9,7 +9,6 @@ from itertools import islice
 from operator import attrgetter
 
 import numpy
-from torch import Tensor
 
 from modeling_xcllama.context_cache import ContextCache
 
@@ -49,11 +48,15 @@ class DamagedDocumentError(ValueError):
 
 @dataclass(eq=False, slots=True)
 class View:
-    """A document that was read: where it lies, its rows there, and its cache if it was asked for alone."""
+    """A document that was read: its number, its first token in its shard, its rows of each of the shard's parts.
 
-    place: Location
+    `cache`: what was made of it when it was asked for alone.
+    """
+
+    document: int
+    start: int
     shard: MappedShard
-    rows: dict[str, numpy.ndarray]
+    rows: tuple[numpy.ndarray, ...]
     cache: ContextCache | None = None
 
 
@@ -208,12 +211,12 @@ class ShardReader:
         views = {}
         for name, place in zip(ids, locations, strict=True):
             shard = shards[place.shard]
-            rows = {part: rows[place.start : place.start + place.tokens] for part, rows in shard.rows.items()}
-            views[name] = View(place, shard, rows)
+            rows = tuple(rows[place.start : place.start + place.tokens] for rows in shard.rows.values())
+            views[name] = View(place.document, place.start, shard, rows)
         if kept is self._views:
             if len(kept) + len(views) > VIEWS:
                 self._views = kept = Views()
-            kept.until = min(kept.until, *(view.place.expires for view in views.values()))
+            kept.until = min(kept.until, *(place.expires for place in locations))
             kept.update(islice(views.items(), VIEWS))
         return [views[name] for name in ids]
 
@@ -242,22 +245,19 @@ class ShardReader:
 
 
 def join(views: Sequence[View], fingerprint: str) -> ContextCache:
-    """One row a view, each document stored once."""
+    """One row a view, each document stored once: views of the mapped shard if they lie there so, else one copy."""
     unique = list(dict.fromkeys(views))
     rows = None
     if len(unique) < len(views):
         position = {view: index for index, view in enumerate(unique)}
         rows = tuple((position[view],) for view in views)
-    offsets = offsets_of([view.place.tokens for view in unique])
-    return cache_of_parts(gather(unique, offsets), offsets, fingerprint, rows)
-
-
-def gather(views: Sequence[View], offsets: Sequence[int]) -> dict[str, Tensor]:
-    """The parts of documents, `offsets` apart: views of the mapped shard if they lie there so, else one copy."""
-    shard, start = views[0].shard, views[0].place.start
-    if all(v.shard is shard and v.place.start == start + offset for v, offset in zip(views, offsets, strict=False)):
-        return {name: tensor[start : start + offsets[-1]] for name, tensor in shard.tensors.items()}
-    # numpy asks for huge pages where much is copied, torch does not
-    return {
-        name: part.tensor(numpy.concatenate([view.rows[name] for view in views])) for name, part in shard.parts.items()
-    }
+    columns = list(zip(*[view.rows for view in unique], strict=True))
+    offsets = offsets_of(map(len, columns[0]))
+    shard, start = unique[0].shard, unique[0].start
+    if all(v.shard is shard and v.start == start + offset for v, offset in zip(unique, offsets, strict=False)):
+        parts = {name: tensor[start : start + offsets[-1]] for name, tensor in shard.tensors.items()}
+    else:
+        # numpy asks for huge pages where much is copied, torch does not
+        copies = map(numpy.concatenate, columns)
+        parts = {name: part.tensor(copy) for (name, part), copy in zip(shard.parts.items(), copies, strict=True)}
+    return cache_of_parts(parts, offsets, fingerprint, rows)

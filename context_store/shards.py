@@ -81,7 +81,7 @@ def cache_of_parts(
 ) -> ContextCache:
     """The inverse of `state_parts`."""
     states = {}
-    for name in next(names for names in LAYOUTS.values() if names[0] in parts):
+    for name in LAYOUTS["hidden" if "hidden" in parts else "condensed"]:
         stored = [parts[name + suffix] for suffix in SUFFIXES if name + suffix in parts]
         states[name] = stored[0] if len(stored) == 1 else QuantizedTensor(*stored)
     return ContextCache(states, offsets, parts["token_ids"], fingerprint, rows)
@@ -182,9 +182,9 @@ def read_header(file) -> bytes:
 
 
 def parse_header(header: bytes) -> dict[str, Part]:
-    """The parts with one row a token that a header names."""
+    """The parts with one row a token that a header names, by name: checksums and views count on that order."""
     parts = {}
-    for name, entry in json.loads(header[8:]).items():
+    for name, entry in sorted(json.loads(header[8:]).items()):
         # older shards have lists of documents too
         if name.removesuffix(".scale").removesuffix(".zero") in ("token_ids", "hidden", "key", "value"):
             shape, dtype = tuple(entry["shape"]), DTYPES[entry["dtype"]]
@@ -217,7 +217,6 @@ class MappedShard:
         # private and writable: torch warns about read-only buffers, and nothing we do reaches the file
         self._map = mmap.mmap(self._descriptor, nbytes, access=mmap.ACCESS_COPY)
         self.parts = parse_header(header)
-        self.names = sorted(self.parts)
         raw = numpy.frombuffer(self._map, numpy.uint8)
         self.rows = {name: part.rows(raw) for name, part in self.parts.items()}
         self.tensors = {name: part.tensor(self.rows[name]) for name, part in self.parts.items()}
@@ -266,7 +265,7 @@ class MappedShard:
 
     def spans(self, start: int, tokens: int) -> list[tuple[int, int]]:
         """First and last byte of each part of a document, in the order of its checksum."""
-        parts = (self.parts[name] for name in self.names)
+        parts = self.parts.values()
         return [(p.offset + start * p.token_bytes, p.offset + (start + tokens) * p.token_bytes) for p in parts]
 
     def prefetch(self, start: int, tokens: int) -> None:

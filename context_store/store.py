@@ -272,7 +272,7 @@ class ContextStore(ReadableStore):
 
     def _note_use(self, views: list[View]) -> None:
         if not self.read_only:
-            self._used.update(zip([view.place.document for view in views], repeat(time.time())))
+            self._used.update(zip([view.document for view in views], repeat(time.time())))
             if len(self._used) > USES_KEPT:
                 self._flush_uses()
 

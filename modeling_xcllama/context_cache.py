@@ -2,7 +2,8 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, chain, pairwise
+from itertools import accumulate, chain
+from operator import gt
 from pathlib import Path
 
 import torch
@@ -45,22 +46,23 @@ class ContextCache:
     rows: tuple[tuple[int, ...], ...] | None = None
 
     def __post_init__(self):
-        object.__setattr__(self, "offsets", tuple(int(offset) for offset in self.offsets))
+        object.__setattr__(self, "offsets", tuple(map(int, self.offsets)))
+        documents = range(len(self.offsets) - 1)
         if self.rows is None:
-            object.__setattr__(self, "rows", tuple((document,) for document in range(len(self.offsets) - 1)))
+            object.__setattr__(self, "rows", tuple(zip(documents, strict=True)))
+        elif not all(map(documents.__contains__, chain.from_iterable(self.rows))):
+            raise ValueError(f"`rows` must name documents in [0, {len(self.offsets) - 2}].")
         if tuple(self.states) not in LAYOUTS.values():
             raise ValueError(f"a context cache holds 'hidden' or 'key' and 'value' states, got {sorted(self.states)}.")
         if not self.rows:
             raise ValueError("a context cache needs at least one context, got an empty list.")
-        if self.offsets[:1] != (0,) or any(end < start for start, end in pairwise(self.offsets)):
+        if self.offsets[:1] != (0,) or any(map(gt, self.offsets, self.offsets[1:])):
             raise ValueError(f"`offsets` must start at 0 and never decrease, got {self.offsets[:8]}...")
         for name, tensor in (*self.states.items(), ("token_ids", self.token_ids)):
             if tensor.shape[0] != self.offsets[-1]:
                 raise ValueError(
                     f"`{name}` must have {self.offsets[-1]} tokens as `offsets` say, got {tensor.shape[0]}."
                 )
-        if any(not 0 <= document < len(self.offsets) - 1 for row in self.rows for document in row):
-            raise ValueError(f"`rows` must name documents in [0, {len(self.offsets) - 2}].")
 
     def __len__(self) -> int:
         """Number of rows."""
