@@ -29,23 +29,29 @@ from dataset_builders.provenance import write_result
 
 
 def parts(models: Models, arguments: argparse.Namespace) -> dict[str, Callable[[], dict]]:
-    """Every part of the benchmark by name, in the order in which they run."""
+    """Every part of the benchmark by name, in the order in which they run: what the targets are for comes first."""
     quick = arguments.quick
-    lengths = (512, 2048) if quick else (512, 2048, 4096, 8192)
-    batches = [(length, rows) for length in lengths for rows in ((8, 32) if quick else (1, 8, 32))]
-    return (
-        {f"context_{length}": partial(one_request, models, arguments, length) for length in lengths}
-        | {
-            f"batch_{rows}_context_{length}": partial(measure_batch, models, length, rows, length * rows <= 32768)
-            for length, rows in (batches[:2] if quick else batches)
-        }
-        | {
-            "encoding": partial(measure_encoding, models, 16 if quick else 32, 2),
-            "context_lookup": partial(measure_lookup, models, min(4096, lengths[-1]), 2 if quick else 3),
-        }
-        # compiling takes a minute a model: one length, the one that the targets are for, and last
-        | ({} if quick else {"compiled_4096": partial(compiled, models, arguments, 4096)})
-    )
+    aimed = 2048 if quick else 4096
+    found = {f"context_{aimed}": partial(one_request, models, arguments, aimed)}
+    found |= batch_parts(models, (512,), (8, 32)) if quick else batch_parts(models, (aimed,), (1, 32, 8))
+    found["encoding"] = partial(measure_encoding, models, 16 if quick else 32, 2)
+    found["context_lookup"] = partial(measure_lookup, models, aimed, 2 if quick else 3)
+    others = (512,) if quick else (512, 2048, 8192)
+    found |= {f"context_{length}": partial(one_request, models, arguments, length) for length in others}
+    if not quick:
+        found |= batch_parts(models, others, (1, 8, 32))
+        # compiling takes a minute a model: one length, and last
+        found[f"compiled_{aimed}"] = partial(compiled, models, arguments, aimed)
+    return found
+
+
+def batch_parts(models: Models, lengths: tuple[int, ...], batches: tuple[int, ...]) -> dict[str, Callable[[], dict]]:
+    """Many rows at a time; a KV prefix for each row where that fits into memory."""
+    return {
+        f"batch_{rows}_context_{length}": partial(measure_batch, models, length, rows, length * rows <= 32768)
+        for length in lengths
+        for rows in batches
+    }
 
 
 def one_request(models: Models, arguments: argparse.Namespace, length: int) -> dict:

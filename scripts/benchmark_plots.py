@@ -21,7 +21,7 @@ SHOWN = (
 def draw(results: dict, folder: Path) -> None:
     """benchmark_latency.png, benchmark_memory.png and benchmark_ratios.png in `folder`."""
     parts = {name: part for name, part in results.items() if name.startswith("context_") and "requests" in part}
-    contexts = {int(name.split("_")[1]): part for name, part in parts.items()}
+    contexts = dict(sorted((int(name.split("_")[1]), part) for name, part in parts.items()))
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for axis, field, title in zip(
         axes, ("first_token_seconds", "step_seconds"), ("first token", "a token after it"), strict=True
