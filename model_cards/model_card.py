@@ -184,6 +184,10 @@ def training_values(folder: Path, bases: list[str], digest: str, results: Path, 
     for base in bases if repo_id is not None else ():
         base_licence(base)
     named = [SOURCES[source] for source in trained["sources"] if source in SOURCES]
+    measured = read_result(results, f"training_{trained['recipe']}")
+    if measured is not None and measured["stages"] != trained["stages"]:
+        # figures of an earlier training are no figures of these weights
+        measured = None
     return {
         "name": folder.name,
         "repo_id": repo_id,
@@ -198,7 +202,7 @@ def training_values(folder: Path, bases: list[str], digest: str, results: Path, 
         "other_sources": [source for source in trained["sources"] if source not in SOURCES],
         "restricted": [source.name for source in named if not source.commercial],
         "hours": sum(stage["seconds"] for stage in trained["stages"]) / 3600,
-        "measured": read_result(results, f"training_{trained['recipe']}"),
+        "measured": measured,
         "curve": (folder / "curve.png").is_file(),
     }
 

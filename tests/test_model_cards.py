@@ -90,6 +90,7 @@ def test_every_figure_is_traced_and_every_section_filled(folder):
     titles = set(re.findall(r"^## (.*)$", card, re.MULTILINE))
     assert titles >= {"Use", "What a context token costs", "Training", "Limits", "Citation"}
     assert ("Evaluation" in titles) == (read_result(RESULTS, f"eval_{folder.name}") is not None)
+    # a results file of an earlier training is left out
     assert ("Held-out figures" in titles) == (read_result(RESULTS, f"training_{folder.name}") is not None)
 
 
@@ -144,6 +145,16 @@ def test_a_changed_result_changes_the_card(tmp_path):
     path.write_text(json.dumps(result))
     assert "| 0.988 |" in card_of(folder, tmp_path / "results")
     assert "## Evaluation" not in card_of(folder, tmp_path / "nothing measured")
+    # figures of another training are not these weights'
+    path = tmp_path / "results" / f"training_{folder.name}.json"
+    measured = json.loads(path.read_text())
+    measured["stages"] = json.loads((folder / "training.json").read_text())["stages"]
+    path.write_text(json.dumps(measured))
+    assert "## Held-out figures" in card_of(folder, tmp_path / "results")
+    measured["stages"][-1]["step"] += 1
+    path.write_text(json.dumps(measured))
+    assert "## Held-out figures" not in card_of(folder, tmp_path / "results")
+    path = tmp_path / "results" / f"eval_{folder.name}.json"
     result["provenance"]["machine"] = None
     path.write_text(json.dumps(result))
     with pytest.raises(ValueError, match="has an empty slot: a value is None or empty"):
