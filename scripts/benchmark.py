@@ -36,13 +36,12 @@ def parts(models: Models, arguments: argparse.Namespace) -> dict[str, Callable[[
     found |= batch_parts(models, (512,), (8, 32)) if quick else batch_parts(models, (aimed,), (1, 32, 8))
     found["encoding"] = partial(measure_encoding, models, 16 if quick else 32, 2)
     found["context_lookup"] = partial(measure_lookup, models, aimed, 2 if quick else 3)
+    if not quick:
+        # takes a minute a model: one length
+        found[f"compiled_{aimed}"] = partial(compiled, models, arguments, aimed)
     others = (512,) if quick else (512, 2048, 8192)
     found |= {f"context_{length}": partial(one_request, models, arguments, length) for length in others}
-    if not quick:
-        found |= batch_parts(models, others, (1, 8, 32))
-        # compiling takes a minute a model: one length, and last
-        found[f"compiled_{aimed}"] = partial(compiled, models, arguments, aimed)
-    return found
+    return found if quick else found | batch_parts(models, others, (1, 8, 32))
 
 
 def batch_parts(models: Models, lengths: tuple[int, ...], batches: tuple[int, ...]) -> dict[str, Callable[[], dict]]:
