@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-slow test-browser space bench bench-quick lint style models fuzz kernels-inspect train-small train-smoke evaluate-small publish-dry-run clean
+.PHONY: demo test test-slow test-browser space bench bench-quick lint style models fuzz kernels-inspect train-small train-smoke evaluate-small evaluate-offline publish-dry-run clean
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -75,6 +75,12 @@ evaluate-small: models
 		--lora-prompt checkpoints/lora-prompt --lora-closed-book checkpoints/lora-closed-book \
 		--methods none prompt lora_closed_book lora_prompt cross cross_shuffled cross_int8 cross_int4 \
 		--tasks xc_squad_sample xc_coqa xc_drop xc_boolq xc_biomedical --control-tasks xc_squad_sample
+
+# every mode of the evaluation on 20 questions a task; whole papers in the prompt take most of its half hour
+evaluate-offline: models
+	$(BIN)/python scripts/compare_methods.py --device cpu --limit 20 --output runs/eval_offline \
+		--checkpoint checkpoints/xc-smollm2-135m --tasks xc_offline
+	$(BIN)/python scripts/tabulate_results.py runs/eval_offline --results results/eval_offline_limit20.json
 
 train-smoke: models
 	rm -rf runs/smoke

@@ -133,7 +133,7 @@ def offline_table() -> str:
     name = "eval_offline_limit20"
     result = read_result(RESULTS, name)
     if result is None:
-        return "Not measured yet."
+        return "Not measured yet: `make evaluate-offline`."
     fields = {"context_tokens": ",.0f", "cache_bytes_per_token": ",.0f", "time_to_first_token": ".2f"}
     lines = [
         "| method | tasks | contexts encoded | from the folder | context tokens | bytes a token | s to first token |",
