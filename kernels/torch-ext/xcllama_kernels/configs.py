@@ -51,7 +51,8 @@ def forward_configs(target: Target, dtype: torch.dtype, head_dim: int, bits: int
 
 def decode_rows(dtype: torch.dtype, head_dim: int) -> int:
     """Most rows of a decode tile."""
-    return 32 if dtype == torch.float32 else 64 if head_dim > 128 else 128
+    wide = head_dim > 128
+    return (16 if wide else 32) if dtype == torch.float32 else 64 if wide else 128
 
 
 def decode_configs(target: Target, dtype: torch.dtype, head_dim: int, bits: int, block_m: int) -> list[Config]:
@@ -99,7 +100,7 @@ def context_gradient_configs(target: Target, dtype: torch.dtype, head_dim: int) 
     if size == 64:
         return [Config(64, 64, 4, 2), Config(32, 64, 4, 2)]
     if size == 128:
-        return [Config(32, 64, 4, 2), Config(64, 64, 8, 2)]
+        return [Config(64, 64, 8, 2)] if chip == "ampere" else [Config(32, 64, 4, 2), Config(64, 64, 8, 2)]
     return [Config(32, 32, 8, 1)]
 
 
