@@ -121,6 +121,8 @@ def clean_environment(home: str) -> dict[str, str]:
     """The environment of a process whose home is the empty folder `home`; nothing is asked of the Hub."""
     environment = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
     environment |= {"HOME": home, "HF_HOME": f"{home}/hf", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    # what is checked is published as it is: no compiled files beside the code
+    environment |= {"PYTHONDONTWRITEBYTECODE": "1"}
     return environment | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
 
 

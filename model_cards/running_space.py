@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import httpx
 from gradio_client import Client
 
 from model_cards.checking import clean_environment, clean_python
@@ -86,12 +87,14 @@ def ask(url: str, text: str, question: str) -> str:
     Raises:
         ValueError: it refuses the text or the question, or shows no time or no attention over the text.
     """
-    client = Client(url, verbose=False, analytics_enabled=False)
+    options = {"verbose": False, "analytics_enabled": False, "httpx_kwargs": {"timeout": PATIENCE_SECONDS}}
     try:
+        client = Client(url, **options)
         status, chosen, *_ = client.predict("text", text, [], api_name="/add_text")
         answer, figures, attended, *_ = client.predict(question, chosen["value"], api_name="/ask")
-    finally:
         client.close()
+    except httpx.HTTPError as error:
+        raise ValueError(f"the Space does not answer: {error}") from error
     if "first token" not in figures or "<mark" not in attended:
         raise ValueError(f"the Space does not answer: it shows {status!r}, then {figures!r}.")
     return answer

@@ -98,6 +98,8 @@ def test_all_kinds_there_and_back(tmp_path, monkeypatch, capsys):
             assert [(tag.name, tag.target_commit) for tag in refs.tags] == [("v0.1.0", branch.target_commit)]
             # what creating the repository makes, and one more
             assert len(api.list_repo_commits(**where, revision=branch.name)) == 2
+            # nothing that a check left behind
+            assert not [name for name in api.list_repo_files(**where, revision=branch.name) if "__pycache__" in name]
         # the Hub shows a kernel's main branch: its card, which every version shares
         card = (tmp_path / "out" / "kernel" / "xcllama-kernels" / "README.md").read_text()
         where = {"repo_id": "tester/xcllama-kernels", "repo_type": "kernel"}

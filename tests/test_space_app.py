@@ -33,7 +33,7 @@ def space(make_llama, make_model, smollm2_folder, tmp_path) -> Iterator[str]:
 
 
 def connect(url: str):
-    return gradio_client.Client(url, verbose=False, analytics_enabled=False)
+    return gradio_client.Client(url, verbose=False, analytics_enabled=False, httpx_kwargs={"timeout": 300})
 
 
 def test_the_space_as_the_hub_runs_it(space, tmp_path):
