@@ -109,6 +109,7 @@ def test_static_cache(model, inputs, cache, expected):
 
 def test_static_cache_compiled(model, inputs, cache, expected):
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     config = CompileConfig(fullgraph=True, mode="default")
     config._compile_all_devices = True
     options = {"cache_implementation": "static", "compile_config": config}
