@@ -51,8 +51,8 @@ def forward_configs(target: Target, dtype: torch.dtype, head_dim: int, bits: int
 
 def decode_rows(dtype: torch.dtype, head_dim: int) -> int:
     """Most rows of a decode tile."""
-    wide = head_dim > 128
-    return (16 if wide else 32) if dtype == torch.float32 else 64 if wide else 128
+    size = _size(head_dim)
+    return {64: 32, 128: 16, 256: 16}[size] if dtype == torch.float32 else {64: 128, 128: 128, 256: 64}[size]
 
 
 def decode_configs(target: Target, dtype: torch.dtype, head_dim: int, bits: int, block_m: int) -> list[Config]:
@@ -60,8 +60,9 @@ def decode_configs(target: Target, dtype: torch.dtype, head_dim: int, bits: int,
     size, chip = _size(head_dim), family(target)
     warps = 8 if block_m == 128 else 4
     if dtype == torch.float32:
-        wide = block_m > 16 or (size == 256 and bits == 4 and chip == "hopper")
-        return [Config(block_m, 32, 4, 1) if size == 64 else Config(block_m, 16, 8 if wide else 4, 1)]
+        if size == 64:
+            return [Config(block_m, 32, 4, 1)]
+        return [Config(block_m, 16, 8 if size == 256 and bits == 4 and chip == "hopper" else 4, 1)]
     if chip == "cdna":
         return [Config(block_m, 64 if size < 256 and block_m < 128 else 32, 4, 2 if size < 256 else 1)]
     if size == 256 and bits:
@@ -71,7 +72,8 @@ def decode_configs(target: Target, dtype: torch.dtype, head_dim: int, bits: int,
         return [Config(block_m, 16, 8 if block_m >= 64 else 4, 1)]
     if size == 256 or (bits and (size == 128 or chip == "ampere") and chip != "hopper"):
         return [Config(block_m, 32, 8 if block_m >= 64 else 4, 2)]
-    return [Config(block_m, 64, warps, 3), Config(block_m, 32, warps, 4)]
+    default = Config(block_m, 64, warps, 3)
+    return [default] if chip == "blackwell" else [default, Config(block_m, 32, warps, 4)]
 
 
 def query_gradient_configs(target: Target, dtype: torch.dtype, head_dim: int) -> list[Config]:
