@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from training.build import build_model, load_processor
+from training.following import follow
 from training.passages import read_passages
 from training.recipe import Recipe
 from training.run import run_recipe
@@ -80,6 +81,22 @@ def test_an_encoder_takes_over_keys_and_values_at_the_same_characters(make_recip
     wanted = logits(source, texts[0])
     # the encoder's states are the decoder's own, but for its final norm
     torch.testing.assert_close(logits(target, texts[0]), wanted, rtol=0.1, atol=0.05)
+
+
+def test_an_encoder_learns_the_keys_and_values_of_a_trained_model(make_recipe, base_folder, tmp_path):
+    source = make_source(make_recipe, related=False)
+    model = {"config": {"cross_attention_layers": BLOCKS["cross_attention_layers"]}, "encoder": str(base_folder)}
+    recipe = make_recipe(model=model | {"encoder_layers": 1, "train_encoder": True})
+    target, texts = start(recipe), texts_of(recipe)
+    before = {name: weight.clone() for name, weight in target[0].model.encoder.named_parameters()}
+    first = follow(source, target, texts, 1, tmp_path)
+    last = follow(source, target, texts, 60, tmp_path)
+    assert last < 0.7 * first
+    changed = {name for name, weight in target[0].model.encoder.named_parameters() if not weight.equal(before[name])}
+    assert changed
+    assert not any("embed" in name for name in changed)
+    with pytest.raises(ValueError, match="follow_steps.*train_encoder"):
+        make_recipe(model={"follow_steps": 3})
 
 
 def test_blocks_at_other_layers_are_refused(make_recipe):

@@ -59,7 +59,7 @@ def _cross_attention(base: PreTrainedModel, recipe: Recipe) -> XCLlamaForCausalL
 def train_encoder_layers(model: XCLlamaForCausalLM, train: bool) -> None:
     """Train the layers of a separate encoder, never its embeddings."""
     for name, weight in model.model.encoder.named_parameters():
-        weight.requires_grad_(train and "embedding" not in name and "pooler" not in name)
+        weight.requires_grad_(train and "embed" not in name and "pooler" not in name)
 
 
 def _lora(base: PreTrainedModel, recipe: Recipe) -> nn.Module:

@@ -30,6 +30,7 @@ class ModelSection:
         chat_template: Jinja text instead of the tokenizer's own template.
         init: "self_attention", "random" or "zero", as `from_decoder` takes it.
         transfer_from: folder of trained added weights of another layout to start from; see `training.transfer`.
+        follow_steps: steps of a separate encoder on the keys and values of `transfer_from`; see `training.following`.
         least_squares_passages: passages for the closed-form start of k and v (0: keep what `init` gave).
         start_from: run folder of an earlier stage; its newest weights are where this one starts.
         config: fields of `XCLlamaConfig`.
@@ -44,6 +45,7 @@ class ModelSection:
     chat_template: str | None = None
     init: str = "self_attention"
     transfer_from: str | None = None
+    follow_steps: int = 0
     least_squares_passages: int = 0
     start_from: str | None = None
     config: dict[str, Any] = field(default_factory=dict)
@@ -185,6 +187,8 @@ class Recipe:
                 raise ValueError(f"`optimization.{name}` must lie in [0, 1), got {getattr(optimization, name)}.")
         if self.distillation.weight and self.method != "cross_attention":
             raise ValueError(f"`distillation` needs method 'cross_attention', got {self.method!r}.")
+        if self.model.follow_steps and not (self.model.train_encoder and self.model.transfer_from):
+            raise ValueError("`model.follow_steps` needs `model.train_encoder` and `model.transfer_from`.")
         if self.model.train_encoder and self.model.encoder is None:
             raise ValueError("`model.train_encoder` needs `model.encoder`; the decoder itself is never trained.")
         if self.model.transfer_from is not None and not self.model.least_squares_passages:

@@ -15,6 +15,7 @@ from training.checkpoints import load_checkpoint, open_run
 from training.collator import Batch, Collator
 from training.evaluation import HeldOut, answer_losses, read_held_out
 from training.examples import Example, ExamplePlan
+from training.following import follow
 from training.least_squares import fit_key_value
 from training.loop import Setup, make_accelerator, train
 from training.objectives import Objective
@@ -44,12 +45,7 @@ def run_recipe(recipe: Recipe, folder: Path, resume: bool = False) -> nn.Module:
     counts = parameter_counts(model)
     logger.info("%d passages; %d trained and %d frozen weights", len(passages), counts["trained"], counts["frozen"])
     if recipe.model.least_squares_passages and not resume:
-        chosen = slice(recipe.model.least_squares_passages)
-        if recipe.model.transfer_from is None:
-            fit_key_value(model, context_ids[chosen])
-        else:
-            source = load_added_weights(recipe.model.transfer_from, dtype=model.dtype)
-            transfer(source, (model, prompts.processor), [passage.text for passage in passages[chosen]])
+        _start(recipe, model, prompts, [passage.text for passage in passages])
     objective = Objective(model, recipe, _to_device(load_teacher(recipe), accelerator))
     if recipe.model.start_from is not None and not load_checkpoint(Path(recipe.model.start_from), objective):
         raise ValueError(
@@ -61,6 +57,19 @@ def run_recipe(recipe: Recipe, folder: Path, resume: bool = False) -> nn.Module:
     setup = Setup(objective, batches_of(plan, collator, accelerator, recipe), _evaluator(recipe, prompts, model))
     train(recipe, folder, setup, accelerator, resume)
     return model
+
+
+def _start(recipe: Recipe, model: nn.Module, prompts: Prompts, texts: list[str]) -> None:
+    """Set the added weights in closed form, from the decoder or from a trained model, before the first step."""
+    section = recipe.model
+    few = texts[: section.least_squares_passages]
+    if section.transfer_from is None:
+        fit_key_value(model, [prompts.context_ids(text) for text in few])
+        return
+    source, target = load_added_weights(section.transfer_from, dtype=model.dtype), (model, prompts.processor)
+    transfer(source, target, few)
+    if section.follow_steps:
+        follow(source, target, texts, section.follow_steps, states_folder(), recipe.seed)
 
 
 def load_run(recipe: Recipe, folder: Path) -> nn.Module:
@@ -115,6 +124,11 @@ def batches_of(
     return batches
 
 
+def states_folder() -> Path:
+    """Where states of passages are kept between runs."""
+    return cache_folder() / "training_states"
+
+
 def reads_stored_states(recipe: Recipe) -> bool:
     """Whether the encoder is frozen, so that its states can be computed once."""
     return recipe.method == "cross_attention" and not recipe.model.train_encoder
@@ -125,10 +139,9 @@ def _stored(
 ) -> StoredStates | None:
     if not reads_stored_states(recipe):
         return None
-    folder = cache_folder() / "training_states"
     model.to(accelerator.device)
     with accelerator.main_process_first():
-        return store_states(model, context_ids, folder, accelerator.is_main_process)
+        return store_states(model, context_ids, states_folder(), accelerator.is_main_process)
 
 
 def _evaluator(recipe: Recipe, prompts: Prompts, model: nn.Module) -> Callable[[nn.Module], dict[str, float]] | None:

@@ -42,7 +42,7 @@ def transfer(
         raise ValueError("`model.transfer_from` needs a checkpoint with keys and values for each block.")
     new.model.cross_attention_blocks.load_state_dict(old.model.cross_attention_blocks.state_dict())
     states, aligned = _states(source, target, passages)
-    keys, values = _projected(old, states)
+    keys, values = projected(old, states)
     if new.config.cross_attention_share_key_value:
         keys, values = [_share(old, new, keys, "q_proj")], [_share(old, new, values, "o_proj")]
     inputs = normalized(aligned, new.config.rms_norm_eps)
@@ -57,19 +57,28 @@ def _states(source, target, passages: list[str]) -> tuple[Tensor, Tensor]:
     """States of the source and of the target, `[num_tokens, width]`, row by row for the same places of the texts."""
     ours, theirs = [], []
     for text in passages:
-        parts = []
+        states = []
         for model, processor in (source, target):
             ids = processor(contexts=[text], return_tensors="pt")["context_input_ids"].to(model.device)
-            # trained weights may be wider than frozen ones
-            with torch.autocast(model.device.type, dtype=model.dtype, enabled=model.dtype != torch.float32):
-                states = model.model.encode_packed(list(ids)).float().cpu()
-            parts.append((states, _ends(processor, text)))
-        (old, old_ends), (new, new_ends) = parts
-        # a token without text, as the one that starts a sequence, stands for the first one
-        place = [min(bisect_left(old_ends, end), len(old_ends) - 1) for end in new_ends]
-        ours.append(old[place])
-        theirs.append(new)
+            with in_frozen_precision(model):
+                states.append(model.model.encode_packed(list(ids)).float().cpu())
+        ours.append(states[0][places_of(source[1], target[1], text)])
+        theirs.append(states[1])
     return torch.cat(ours), torch.cat(theirs)
+
+
+def in_frozen_precision(model: XCLlamaForCausalLM) -> torch.autocast:
+    """The context in which `model` runs: trained weights may be wider than frozen ones."""
+    return torch.autocast(model.device.type, dtype=model.dtype, enabled=model.dtype != torch.float32)
+
+
+def places_of(old: XCLlamaProcessor, new: XCLlamaProcessor, text: str) -> list[int]:
+    """For each context token of `new`, the token of `old` that ends with it or next after it.
+
+    A token without text, as the one that starts a sequence, stands for the first one.
+    """
+    old_ends, new_ends = _ends(old, text), _ends(new, text)
+    return [min(bisect_left(old_ends, end), len(old_ends) - 1) for end in new_ends]
 
 
 def _ends(processor: XCLlamaProcessor, text: str) -> list[int]:
@@ -78,7 +87,7 @@ def _ends(processor: XCLlamaProcessor, text: str) -> list[int]:
     return list(accumulate((end for _, end in spans), max))
 
 
-def _projected(model: XCLlamaForCausalLM, states: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+def projected(model: XCLlamaForCausalLM, states: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     """Keys and values of every block, `[num_tokens, kv_heads * head_dim]`."""
     dtype = model.model.context_projections[0].k_proj.weight.dtype
     pairs = [projection(states.to(dtype)) for projection in model.model.context_projections]
