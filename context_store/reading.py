@@ -102,7 +102,7 @@ class ShardReader:
                 self._shards.move_to_end(number)
         if shard is not None:
             try:
-                shard.check(time.monotonic())
+                shard.check()
                 return shard
             except DamagedShardError:
                 self.forget(number)
@@ -181,9 +181,8 @@ class ShardReader:
         try:
             # without a frame of Python a document: this is most of what a warm read costs
             views = list(map(kept.__getitem__, ids))
-            now = time.monotonic()
             for shard in set(map(SHARD, views)):
-                shard.check(now)
+                shard.check()
         except (KeyError, DamagedShardError):
             return None
         return views

@@ -38,7 +38,6 @@ SUFFIXES = ("", ".scale", ".zero")
 FORMAT = "xcllama-context-shard"
 # bytes of a header, at most; the states behind it start at a multiple of ALIGNMENT
 HEADER_BYTES, ALIGNMENT = 4096, 64
-LOOK_SECONDS = 0.1
 # the most that one system call takes
 WRITES_AT_ONCE = os.sysconf("SC_IOV_MAX")
 
@@ -210,7 +209,7 @@ class MappedShard:
         except FileNotFoundError as error:
             raise DamagedShardError(f"{path} is gone.") from error
         self._descriptor = self._file.fileno()
-        self._modified, self._look_at = self._status().st_mtime_ns, 0.0
+        self._modified = self._status().st_mtime_ns
         header = read_header(self._file)
         if checksum([header]) != header_checksum:
             raise DamagedShardError(f"{path} has an altered header.")
@@ -241,21 +240,12 @@ class MappedShard:
         """Whether the file has no name any more."""
         return not os.fstat(self._descriptor).st_nlink
 
-    def check(self, now: float) -> None:
-        """Look whether the file is as it was when it was mapped: its size always, the rest every `LOOK_SECONDS`.
-
-        Args:
-            now: `time.monotonic()`.
+    def check(self) -> None:
+        """Look whether the file is as it was when it was mapped.
 
         Raises:
-            DamagedShardError: cut short: touching the map would kill the process; or gone, or written to.
+            DamagedShardError: gone, written to, or cut short: touching the map would kill the process.
         """
-        if now < self._look_at and os.lseek(self._descriptor, 0, os.SEEK_END) == self.nbytes:
-            return
-        self._look()
-        self._look_at = now + LOOK_SECONDS
-
-    def _look(self) -> None:
         if self._status().st_mtime_ns != self._modified:
             raise DamagedShardError(f"{self.path} was written to.")
 

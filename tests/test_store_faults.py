@@ -149,8 +149,7 @@ def the_shard(store) -> Path:
 
 
 @pytest.mark.parametrize("fresh", [True, False], ids=["before opening", "while open"])
-def test_a_flipped_bit_is_reported_by_id_and_encoded_again(store, fresh, monkeypatch):
-    monkeypatch.setattr("context_store.shards.LOOK_SECONDS", 0)
+def test_a_flipped_bit_is_reported_by_id_and_encoded_again(store, fresh):
     documents = {f"d{i}": f"document {i} " * 9 for i in range(5)}
     store.add(documents.keys(), documents.values())
     if not fresh:
@@ -171,19 +170,6 @@ def test_a_flipped_bit_is_reported_by_id_and_encoded_again(store, fresh, monkeyp
     assert store.model.encoded == encoded + 1
     assert torch.equal(row_states(store.get("d2"), 0), store.model.states(documents["d2"]))
     assert store.verify().damaged == []
-
-
-def test_an_open_shard_is_looked_at_again_after_a_moment(store, monkeypatch):
-    monkeypatch.setattr("context_store.shards.LOOK_SECONDS", 1e9)
-    store.add("a", "some text")
-    for _ in range(2):
-        store.get("a")
-    flip(the_shard(store), the_shard(store).stat().st_size - 1)
-    # a file cut short would be noticed at once, its content is believed until the next look
-    store.get("a")
-    store._reader.shard(1)._look_at = 0
-    with pytest.raises(DamagedDocumentError, match="'a'"):
-        store.get("a")
 
 
 def test_add_encodes_a_document_again_that_was_found_damaged(store):
