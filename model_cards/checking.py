@@ -87,7 +87,7 @@ DATASET_CHECK = """
 import hashlib, datasets
 found = {}
 for name in sys.argv[2:]:
-    for split, rows in datasets.load_dataset(sys.argv[1], name, streaming=True).items():
+    for split, rows in datasets.load_dataset(sys.argv[1], name).items():
         digest, count = hashlib.blake2b(digest_size=16), 0
         for count, row in enumerate(rows, 1):
             text = json.dumps(row, sort_keys=True, ensure_ascii=False).encode("utf-8", "surrogatepass")
