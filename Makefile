@@ -59,19 +59,20 @@ fuzz: .venv/.installed
 kernels-inspect: .venv/.installed
 	$(BIN)/python kernels/benchmarks/inspect_kernels.py --output results/kernels_inspect.json
 
-# three stages, hours on one core; an interrupted run goes on where it stopped
+# hours on one core: (a) in three stages, then (b) out of it; an interrupted run goes on where it stopped
 train-small: models
-	for name in xc-smollm2-135m-short xc-smollm2-135m-joined xc-smollm2-135m; do \
+	for name in xc-smollm2-135m-short xc-smollm2-135m-joined xc-smollm2-135m xc-smollm2-135m-condensed; do \
+		train="env OMP_NUM_THREADS=1 $(BIN)/python scripts/train.py --recipe training/recipes/$$name.yaml"; \
 		resume=; if [ -e runs/$$name/recipe.json ]; then resume=--resume; fi; \
-		OMP_NUM_THREADS=1 $(BIN)/python scripts/train.py --recipe training/recipes/$$name.yaml $$resume || exit 1; \
+		$$train $$resume || exit 1; \
+		case $$name in *-short|*-joined) continue;; esac; \
+		$$train --no-training --export checkpoints/$$name --results results || exit 1; \
 	done
-	$(BIN)/python scripts/train.py --recipe training/recipes/xc-smollm2-135m.yaml --no-training \
-		--export checkpoints/xc-smollm2-135m --results results
 
 # hours on one core; what was evaluated before is not evaluated again
 evaluate-small: models
 	$(BIN)/python scripts/compare_methods.py --device cpu --batch_size 8 --limit 150 --output runs/eval --results results \
-		--checkpoint checkpoints/xc-smollm2-135m checkpoints/xc-smollm2-135m-condensed checkpoints/xc-enc-minilm \
+		--checkpoint checkpoints/xc-smollm2-135m checkpoints/xc-smollm2-135m-condensed \
 		--lora-prompt checkpoints/lora-prompt --lora-closed-book checkpoints/lora-closed-book \
 		--methods none prompt lora_closed_book lora_prompt cross cross_shuffled cross_int8 cross_int4 \
 		--tasks xc_squad_sample xc_coqa xc_drop xc_boolq xc_biomedical --control-tasks xc_squad_sample
