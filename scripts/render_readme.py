@@ -107,8 +107,8 @@ def evaluation_table() -> str:
     if result is None:
         return "Not measured yet: `make evaluate-small`."
     lines = [
-        "| method | task | questions | F1 or accuracy | 95 % interval | exact | bytes a token | s to first token |",
-        "|---|---|" + "---:|" * 6,
+        "| method | task | questions | F1 or accuracy | 95 % interval | exact | bytes a token |",
+        "|---|---|" + "---:|" * 5,
     ]
     for run in scored_runs(result):
         figure, exact, cost = run["score"], run["quality"].get("exact_match", {}), run["cost"]
@@ -116,7 +116,7 @@ def evaluation_table() -> str:
         lines.append(
             f"| {run['method']} | {run['task']} | {figure['documents']} | {figure['value']:.3f} "
             f"| {low:.3f} to {high:.3f} | {cell(exact.get('value'), '.3f')} "
-            f"| {cell(cost.get('cache_bytes_per_token'), ',.0f')} | {cell(cost.get('time_to_first_token'), '.2f')} |"
+            f"| {cell(cost.get('cache_bytes_per_token'), ',.0f')} |"
         )
     if aims := result.get("targets"):
         lines += ["", "| checkpoint | task | target | value | required | met |", "|---|---|---|---:|---:|---|"]
@@ -134,10 +134,10 @@ def offline_table() -> str:
     result = read_result(RESULTS, name)
     if result is None:
         return "Not measured yet: `make evaluate-offline`."
-    fields = {"context_tokens": ",.0f", "cache_bytes_per_token": ",.0f", "time_to_first_token": ".2f"}
+    fields = {"context_tokens": ",.0f", "cache_bytes_per_token": ",.0f"}
     lines = [
-        "| method | tasks | contexts encoded | from the folder | context tokens | bytes a token | s to first token |",
-        "|---|" + "---:|" * 6,
+        "| method | tasks | contexts encoded | from the folder | context tokens | bytes a token |",
+        "|---|" + "---:|" * 5,
     ]
     for method in dict.fromkeys(run["method"] for run in result["runs"]):
         costs = [run["cost"] for run in result["runs"] if run["method"] == method]
