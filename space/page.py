@@ -98,7 +98,7 @@ def _documents(handlers: Handlers, question: gr.Textbox) -> gr.CheckboxGroup:
         add = gr.Button("Add this text")
     with gr.Row():
         buttons = [gr.Button(f"Example: {label}", size="sm", min_width=120) for label, *_ in EXAMPLES]
-    status = gr.HTML(elem_id="status", min_height=40)
+    status = gr.HTML(elem_id="status")
     chosen = gr.CheckboxGroup(
         label="Switched on for the next question",
         info="In any order, without encoding again",

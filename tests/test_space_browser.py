@@ -116,10 +116,11 @@ def test_progress_of_a_long_document_and_a_file_that_is_too_big(visit):
     file = {"name": "long.txt", "mimeType": "text/plain", "buffer": f"{TEXT} ".encode() * 150}
     page.locator("input[type=file]").first.set_input_files([file])
     page.locator("#status", has_text="Encoding “long.txt”").wait_for()
+    picture(page, "progress")
     page.locator("#status .message", has_text="tokens encoded").wait_for()
     # more than the server takes: told without reading it
     page.locator("input[type=file]").first.set_input_files([file | {"name": "big.txt", "buffer": b"x" * 11 * 2**20}])
-    page.get_by_text("exceeds").wait_for()
+    page.get_by_text("exceed the maximum allowed size").wait_for()
 
 
 def test_answers_stream_and_stop(visit):
