@@ -61,7 +61,7 @@ def decode_configs(target: Target, dtype: torch.dtype, head_dim: int, bits: int,
     warps = 8 if block_m == 128 else 4
     if dtype == torch.float32:
         if size == 64:
-            return [Config(block_m, 32, 4, 1)]
+            return [Config(block_m, 32, 8 if block_m == 32 and chip in ("hopper", "blackwell") else 4, 1)]
         return [Config(block_m, 16, 8 if size == 256 and bits == 4 and chip == "hopper" else 4, 1)]
     if chip == "cdna":
         return [Config(block_m, 64 if size < 256 and block_m < 128 else 32, 4, 2 if size < 256 else 1)]
@@ -100,7 +100,8 @@ def context_gradient_configs(target: Target, dtype: torch.dtype, head_dim: int) 
     if chip == "cdna":
         return {64: [Config(64, 64, 4, 1)], 128: [Config(32, 64, 4, 1)], 256: [Config(32, 32, 4, 1)]}[size]
     if size == 64:
-        return [Config(64, 64, 4, 2), Config(32, 64, 4, 2)]
+        # 64 query rows spill a little on Blackwell
+        return [Config(32, 64, 4, 2)] if chip == "blackwell" else [Config(64, 64, 4, 2), Config(32, 64, 4, 2)]
     if size == 128:
         return [Config(64, 64, 8, 2)] if chip == "ampere" else [Config(32, 64, 4, 2), Config(64, 64, 8, 2)]
     return [Config(32, 32, 8, 1)]
