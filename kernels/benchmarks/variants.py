@@ -80,20 +80,20 @@ def attention_tensors(shape: Shape, dtype: torch.dtype, bits: int) -> dict[str, 
     }  # fmt: skip
 
 
-def is_full(name: str, head_dim: int) -> bool:
-    """Whether every configuration is compiled: fp16 takes those of bf16 and, but for the type of the products, its
-    code, and partial heads add a mask to the code of whole ones, so that these show their default configuration."""
-    return name != "fp16" and head_dim in WHOLE
+def is_full(head_dim: int) -> bool:
+    """Whether every configuration is compiled: partial heads add a mask to the code of whole ones, so that these show
+    their default configuration."""
+    return head_dim in WHOLE
 
 
-def candidates(found: list[configs.Config], name: str, head_dim: int) -> list[configs.Config]:
-    return found if is_full(name, head_dim) else found[:1]
+def candidates(found: list[configs.Config], head_dim: int) -> list[configs.Config]:
+    return found if is_full(head_dim) else found[:1]
 
 
 def forward_variants(target: Target, name: str, bits: int, head_dim: int) -> Iterator[Variant]:
     shape = Shape(8, 8, 4096, 512, 32, 8, head_dim)
     tensors = attention_tensors(shape, DTYPES[name], bits)
-    for config in candidates(configs.forward_configs(target, DTYPES[name], head_dim, bits), name, head_dim):
+    for config in candidates(configs.forward_configs(target, DTYPES[name], head_dim, bits), head_dim):
         (launch,) = plan_forward(**tensors, target=target, config=config)
         yield Variant(launch, forward_traffic(launch, shape), name, bits, head_dim, vars(shape))
 
@@ -104,13 +104,13 @@ def decode_variants(target: Target, name: str, bits: int, head_dim: int) -> Iter
     dtype = DTYPES[name]
     most = configs.decode_rows(dtype, head_dim)
     heights = [rows for rows in (16, 32, 64, 128) if rows <= most]
-    for block_m in heights if is_full(name, head_dim) else heights[:1]:
+    for block_m in heights if is_full(head_dim) else heights[:1]:
         shape = Shape(32, 128 // block_m, 8192, 1, 32, 8, head_dim)
         tensors = attention_tensors(shape, dtype, bits)
-        for config in candidates(configs.decode_configs(target, dtype, head_dim, bits, block_m), name, head_dim):
+        for config in candidates(configs.decode_configs(target, dtype, head_dim, bits, block_m), head_dim):
             launches = plan_decode(**tensors, target=target, config=config)
             yield Variant(launches[0], decode_traffic(launches, shape), name, bits, head_dim, vars(shape))
-    if is_full(name, head_dim) or bits == 0:
+    if is_full(head_dim) or bits == 0:
         shape = Shape(1, 1, 16384, 1, 32, 8, head_dim)
         launches = plan_decode(**attention_tensors(shape, dtype, bits), target=target)
         yield Variant(launches[0], decode_traffic(launches, shape), name, bits, head_dim, vars(shape))
@@ -124,8 +124,8 @@ def backward_variants(target: Target, name: str, head_dim: int) -> Iterator[Vari
     del tensors["quantization"]
     tensors |= {"grad_output": tensors["query"], "grad_lse": None}
     gradients = (tensors["query"], tensors["key"], tensors["value"])
-    by_query = candidates(configs.query_gradient_configs(target, DTYPES[name], head_dim), name, head_dim)
-    by_context = candidates(configs.context_gradient_configs(target, DTYPES[name], head_dim), name, head_dim)
+    by_query = candidates(configs.query_gradient_configs(target, DTYPES[name], head_dim), head_dim)
+    by_context = candidates(configs.context_gradient_configs(target, DTYPES[name], head_dim), head_dim)
     for config in by_query:
         launch = plan_backward(**tensors, gradients=gradients, target=target, configs=(config, by_context[0]))[0]
         yield Variant(launch, query_gradient_traffic(launch, shape), name, 0, head_dim, vars(shape))
@@ -143,7 +143,7 @@ def projection_variants(target: Target, name: str, bits: int) -> Iterator[Varian
     weight, norm_weight = meta(columns, 64 * heads, dtype=dtype), meta(64 * heads, dtype=dtype)
     output = meta(num_tokens, columns, dtype=dtype)
     shape = {"num_tokens": num_tokens, "width": 64 * heads, "columns": columns}
-    for number, config in enumerate(candidates(configs.projection_configs(target, dtype, bits), name, 64)):
+    for number, config in enumerate(candidates(configs.projection_configs(target, dtype, bits), 64)):
         launches = plan_projection(
             states, scale, zero, weight, None, norm_weight, 1e-5, output, target=target, config=config
         )
@@ -152,8 +152,7 @@ def projection_variants(target: Target, name: str, bits: int) -> Iterator[Varian
 
 
 def all_variants(target: Target, name: str) -> Iterator[Variant]:
-    """Every kernel in each format: every configuration of bf16 and fp32, the default one of fp16; whole heads, and in
-    bf16 partial ones."""
+    """Every kernel in each format and configuration; whole heads, and in bf16 partial ones."""
     for head_dim in WHOLE + PARTIAL * (name == "bf16"):
         for bits in BITS:
             if bits != 4 or head_dim % int4_group(head_dim) == 0:

@@ -58,7 +58,8 @@ def decode_rows(dtype: torch.dtype, head_dim: int) -> int:
 def decode_configs(target: Target, dtype: torch.dtype, head_dim: int, bits: int, block_m: int) -> list[Config]:
     """Candidates of `decode_kernel` for `block_m` rows."""
     size, chip = _size(head_dim), family(target)
-    warps = 8 if block_m == 128 else 4
+    # int8 at 32 rows spills a little with four warps on Hopper
+    warps = 8 if block_m == 128 or (block_m, bits, size, chip) == (32, 8, 64, "hopper") else 4
     if dtype == torch.float32:
         if size == 64:
             return [Config(block_m, 32, 8 if block_m == 32 and chip in ("hopper", "blackwell") else 4, 1)]
@@ -70,6 +71,9 @@ def decode_configs(target: Target, dtype: torch.dtype, head_dim: int, bits: int,
         if chip == "blackwell":
             return [Config(block_m, 16, 8 if block_m == 32 else 4, 2 if block_m == 16 else 1)]
         return [Config(block_m, 16, 8 if block_m >= 64 else 4, 1)]
+    if (size, bits, chip) == (128, 8, "blackwell") and block_m in (16, 128):
+        # the other number of warps spills a little in fp16
+        return [Config(block_m, 32, 8 if block_m == 16 else 4, 2)]
     if size == 256 or (bits and (size == 128 or chip == "ampere") and chip != "hopper"):
         return [Config(block_m, 32, 8 if block_m >= 64 else 4, 2)]
     default = Config(block_m, 64, warps, 3)
