@@ -70,8 +70,7 @@ class ShardReader:
     """The open shards of a namespace, and reading documents from them.
 
     A document's checksum is compared when it is first read through an open shard. Every later read looks whether the
-    shard's file has its size, and ten times a second whether it is there and was not written to since; if it was, it
-    is opened and compared anew.
+    shard's file is there, has its size and was not written to since; if it was, it is opened and compared anew.
 
     Args:
         catalogue: knows where documents lie.

@@ -49,13 +49,12 @@ def follow(
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 - step / steps)
         chosen = generator.sample(range(len(passages)), min(PASSAGES_PER_STEP, len(passages)))
-        texts = [passages[index] for index in chosen]
         rows = [states[index][places_of(source[1], processor, passages[index])] for index in chosen]
         with torch.no_grad():
             keys, values = projected(old, torch.cat(rows).to(new.device))
         with in_frozen_precision(new):
-            contexts = [torch.tensor(processor(contexts=[text])["context_input_ids"][0]) for text in texts]
-            found = new.model.encode_packed([context.to(new.device) for context in contexts])
+            contexts = [processor(contexts=[passages[index]])["context_input_ids"][0] for index in chosen]
+            found = new.model.encode_packed([torch.tensor(context, device=new.device) for context in contexts])
             pairs = [projection(found) for projection in new.model.context_projections]
         error = torch.stack(
             [
