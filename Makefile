@@ -23,7 +23,7 @@ test: models
 # the extra is not in `dev`: torchao and bitsandbytes log at every import on machines without a GPU
 test-slow: models
 	$(BIN)/pip install -q -c constraints.txt -e ".[quantization]"
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=2 $(BIN)/pytest -q -m slow
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=2 $(BIN)/pytest -q -m slow --timeout 3600
 
 # Debian's chromium, installed where apt-get is; tests say that they are skipped where it is not
 test-browser: models

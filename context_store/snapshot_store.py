@@ -107,8 +107,8 @@ class RemoteShard(MappedShard):
             file.truncate(self._entry.nbytes)
         os.replace(partial, path)
 
-    def _look(self) -> None:
-        # what is fetched is written to the local file: its time says nothing, only whether it was evicted
+    def check(self) -> None:
+        """Look whether the local copy is there, whole; what is fetched is written to it, so its time says nothing."""
         self._status()
 
     def load(self, documents: Sequence[tuple[int, int, bytes]]) -> None:

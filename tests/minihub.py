@@ -19,7 +19,7 @@ from minihub_store import Store
 
 
 def serve(root: str | Path, port: int = 0, token: str | None = None) -> ThreadingHTTPServer:
-    """Start a server on 127.0.0.1 in a thread and return it; `server.shutdown()` stops it.
+    """Start a server on 127.0.0.1 in a thread and return it; `shutdown()`, then `server_close()` stop it.
 
     `server.store` is what it keeps; `server.store.faults` are called with each request before it is answered.
     """

@@ -16,6 +16,7 @@ from huggingface_hub import HfApi, HfFileSystem, constants
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.utils import hub
 
 from model_cards.uploading import Target, compare, upload
 from modeling_xcllama import XCLlamaForCausalLM
@@ -43,10 +44,14 @@ def hub_on_loopback(root: Path) -> Iterator:
         values |= {"HF_HUB_CACHE": str(root / "cache"), "HF_TOKEN_PATH": str(root / "token")}
         for name, value in values.items():
             patch.setattr(constants, name, value)
+        # transformers keeps the client that it made first, and with it the URL of an earlier server
+        patch.setattr(hub, "_hf_api", None)
         patch.setenv("HF_TOKEN", TOKEN)
         patch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         yield server
         server.shutdown()
+        # a socket that only listens would let clients wait for ever
+        server.server_close()
         for name in [name for name in sys.modules if name.startswith("minihub")]:
             del sys.modules[name]
 

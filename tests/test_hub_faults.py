@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import HfApi
+from transformers.utils.hub import hf_api
 
 from model_cards import assembling
 from model_cards.publishing import Release, publish
@@ -268,6 +269,7 @@ def test_nothing_is_sent_when_a_model_cannot_be_made(server, tmp_path, monkeypat
         trained = json.loads((checkpoint / "training.json").read_text())
         (checkpoint / "training.json").write_text(json.dumps(trained | {"base_source": None}))
     sent = []
+    assert hf_api().endpoint == server.url
     server.store.faults.append(lambda handler: handler.command != "GET" and sent.append(handler.path))
     with pytest.raises(ValueError, match=message) as error:
         publish(Release("model", "tester", "v1", checkpoint=checkpoint), None, dry_run=False)

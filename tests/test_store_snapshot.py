@@ -135,8 +135,11 @@ def test_ranges_into_a_bounded_cache(snapshot, tmp_path, model):
         few = store.metrics.total.bytes_fetched
         states = sum(len(EXPECTED[name]) for name in ids) * (16 * 2 + 4)
         assert states <= few <= states + 2 * 2048
+        opened = dict(store._reader._shards)
         store.get(ids)
+        # nothing is fetched, opened or compared again
         assert store.metrics.total.bytes_fetched == few
+        assert store._reader._shards == opened
         assert_serves(store, model)
         assert few < store.metrics.total.bytes_fetched <= store.manifest.nbytes
     # what was fetched is still there in another process or after a restart

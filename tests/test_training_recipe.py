@@ -124,6 +124,7 @@ def test_dry_run_counts_the_published_model():
 def test_dry_run_of_the_small_checkpoints_fits_the_limit(smollm2_folder, minilm_folder, name, cache):
     figures = plan(load_recipe(next(path for path in RECIPES if path.stem == name)))
     assert figures["bytes"]["context_cache_per_token"] == cache
+    assert figures["bytes"]["exported"] <= 25_000_000
     assert figures["parameters"]["frozen"] >= 134_515_008
 
 

@@ -48,12 +48,18 @@ def build_model(recipe: Recipe) -> nn.Module:
 def _cross_attention(base: PreTrainedModel, recipe: Recipe) -> XCLlamaForCausalLM:
     encoder = None
     if recipe.model.encoder is not None:
-        kept = {} if recipe.model.encoder_layers is None else {"num_hidden_layers": recipe.model.encoder_layers}
-        encoder = AutoModel.from_pretrained(find_model(recipe.model.encoder), dtype=base.dtype, **kept)
+        name = find_model(recipe.model.encoder)
+        encoder = AutoModel.from_pretrained(name, dtype=base.dtype, **encoder_options(recipe))
     model = XCLlamaForCausalLM.from_decoder(base, encoder=encoder, init=recipe.model.init, **recipe.model.config)
     if encoder is not None:
         train_encoder_layers(model, recipe.model.train_encoder)
     return model
+
+
+def encoder_options(recipe: Recipe) -> dict[str, int]:
+    """What differs from the encoder's own config: its upper layers may be left out."""
+    layers = recipe.model.encoder_layers
+    return {} if layers is None else {"num_hidden_layers": layers}
 
 
 def train_encoder_layers(model: XCLlamaForCausalLM, train: bool) -> None:

@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from modeling_xcllama import XCLlamaForCausalLM
 from modeling_xcllama.checkpoints import find_model
 from modeling_xcllama.modeling_xcllama import config_from_decoder
-from training.build import parameter_counts, train_encoder_layers
+from training.build import encoder_options, parameter_counts, train_encoder_layers
 from training.recipe import Recipe
 
 # published shape of a gated model, so that its recipe can be planned without access
@@ -60,10 +60,10 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _config(name: str):
+def _config(name: str, **options: int):
     if name in _KNOWN_SHAPES:
         return AutoConfig.for_model("llama", **_KNOWN_SHAPES[name])
-    return AutoConfig.from_pretrained(find_model(name))
+    return AutoConfig.from_pretrained(find_model(name), **options)
 
 
 def _meta_model(recipe: Recipe) -> torch.nn.Module:
@@ -73,7 +73,9 @@ def _meta_model(recipe: Recipe) -> torch.nn.Module:
 
         base.requires_grad_(False)
         return get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **recipe.model.lora))
-    encoder = None if recipe.model.encoder is None else AutoModel.from_config(_config(recipe.model.encoder))
+    encoder = None
+    if recipe.model.encoder is not None:
+        encoder = AutoModel.from_config(_config(recipe.model.encoder, **encoder_options(recipe)))
     # from_decoder digests the weights, of which there are none here
     model = XCLlamaForCausalLM(config_from_decoder(base, encoder, recipe.model.config))
     model.freeze_base()
