@@ -2,7 +2,8 @@
 
 python scripts/run_ablations.py [--rows NAME...] [--runs runs/ablation] [--results results/ablations.json]
 
-A row that was trained before is not trained again, an interrupted one goes on.
+A row that was trained or evaluated before is not again, an interrupted one goes on. Answers are those of the lm-eval
+task `xc_squad_sample`; the loss is that of held-out answers in the training's domains.
 """
 
 import argparse
@@ -14,12 +15,15 @@ from typing import Any
 import yaml
 
 from dataset_builders.provenance import write_result
+from lm_eval_tasks.comparison import Models, compare
+from lm_eval_tasks.tables import interval, load_runs
 from training.checkpoints import checkpoints
-from training.export import quick_look
+from training.export import export_model, training_figures
 from training.recipe import Recipe, recipe_from_dict
 from training.run import load_run, run_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
+TASK = "xc_squad_sample"
 RECIPE = ROOT / "training/recipes/ablation.yaml"
 # row -> what differs from the recipe
 ROWS: dict[str, dict[str, Any]] = {
@@ -28,16 +32,16 @@ ROWS: dict[str, dict[str, Any]] = {
     "states at three quarters": {"model.config.context_layer": 23},
     "states at a half": {"model.config.context_layer": 15},
     "states at a quarter": {"model.config.context_layer": 8},
-    "projections copied": {"model.least_squares_passages": 0},
     "projections random": {"model.init": "random", "model.least_squares_passages": 0},
-    "every second layer": {"model.config.cross_attention_layers": [14, 16, 18, 20, 22, 24, 26, 28]},
-    "four blocks": {"model.config.cross_attention_layers": [16, 17, 20, 22]},
+    "projections copied": {"model.least_squares_passages": 0},
     "two blocks": {"model.config.cross_attention_layers": [16, 22]},
+    "four blocks": {"model.config.cross_attention_layers": [16, 17, 20, 22]},
     "thirteen blocks": {"model.config.cross_attention_layers": list(range(16, 29))},
     "answers only": {"data.tasks": {"answer": 1.0}},
-    "question tokens count": {"optimization.question_loss": 0.3},
-    "passages renamed": {"data.renamed": 400},
     "four distractors": {"data.distractors": 4},
+    "every second layer": {"model.config.cross_attention_layers": [14, 16, 18, 20, 22, 24, 26, 28]},
+    "question tokens count": {"optimization.question_loss": 0.3},
+    "passages renamed": {"data.renamed": 100},
 }
 
 
@@ -54,35 +58,56 @@ def recipe_of(row: str) -> Recipe:
     return recipe_from_dict(values)
 
 
-def run(row: str, runs: Path, questions: int) -> dict[str, Any]:
-    """Train a row, or what is missing of it, and measure it."""
+def run(row: str, runs: Path, limit: int) -> dict[str, Any]:
+    """Train a row, or what is missing of it, and measure it.
+
+    Raises:
+        ValueError: it cannot be trained or evaluated.
+    """
     recipe = recipe_of(row)
-    folder = runs / recipe.name
+    folder, exported = runs / recipe.name, runs / "checkpoints" / recipe.name
     finished = f"checkpoint-{recipe.optimization.steps:08d}"
     if any(path.name == finished for path in checkpoints(folder)):
         model = load_run(recipe, folder)
     else:
         model = run_recipe(recipe, folder, resume=(folder / "recipe.json").is_file())
-    figures = quick_look(recipe, model, folder, questions)
-    return {"row": row, "changes": ROWS[row], **figures}
+    figures = training_figures(recipe, model, folder, questions=100)
+    export_model(recipe, model, folder, exported)
+    shared = ["--device", "cpu", "--batch_size", "8", "--limit", str(limit)]
+    if compare(Models([str(exported)]), ["cross"], runs / "eval", [TASK], [], shared):
+        raise ValueError(f"its evaluation failed; see above, and {runs / 'eval'}.")
+    (evaluated,) = load_runs([runs / "eval" / recipe.name])
+    answers = {
+        "task": TASK,
+        "questions": limit,
+        "f1": evaluated.metrics["f1"][0],
+        "interval": interval(evaluated, "f1"),
+    }
+    return {"row": row, "changes": ROWS[row], **figures, "answers": answers}
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Bars of token F1, right and wrong context."""
+    """Bars of token F1 with its interval, and of the loss with the right and with a wrong context."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    names = [row["row"] for row in rows][::-1]
-    figure, axes = pyplot.subplots(figsize=(7, 0.4 * len(rows) + 1.2))
-    for name, offset, color in (("right_context", 0.2, "C0"), ("wrong_context", -0.2, "0.7")):
-        values = [row["held_out"][name]["f1"] for row in rows][::-1]
-        places = [index + offset for index in range(len(rows))]
-        axes.barh(places, values, height=0.4, color=color, label=name.replace("_", " "))
-    axes.set_yticks(range(len(rows)), names)
-    axes.set(xlabel="token F1, held-out questions")
-    axes.legend()
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 0.4 * len(rows) + 1.2), sharey=True)
+    places = range(len(rows))
+    scores = [row["answers"]["f1"] for row in rows]
+    bounds = [row["answers"]["interval"] for row in rows]
+    errors = [[f1 - low for f1, (low, _) in zip(scores, bounds, strict=True)],
+              [high - f1 for f1, (_, high) in zip(scores, bounds, strict=True)]]  # fmt: skip
+    left.barh(places, scores, xerr=errors, color="C0", ecolor="0.4")
+    left.set_yticks(places, [row["row"] for row in rows])
+    left.invert_yaxis()
+    left.set(xlabel=f"token F1, {rows[0]['answers']['questions']} questions of {TASK}")
+    for name, color in (("right_context", "C0"), ("wrong_context", "0.7")):
+        losses = [row["held_out"]["answer_loss"][name] for row in rows]
+        right.plot(losses, places, "o", color=color, label=name.replace("_", " "))
+    right.set(xlabel="loss of a held-out answer token")
+    right.legend()
     figure.tight_layout()
     partial = path.with_name(f".{path.name}")
     figure.savefig(partial, dpi=120, format="png")
@@ -96,13 +121,13 @@ def main() -> int:
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="NAME", help=", ".join(ROWS))
     parser.add_argument("--runs", type=Path, default=Path("runs/ablation"))
     parser.add_argument("--results", type=Path, default=ROOT / "results/ablations.json")
-    parser.add_argument("--questions", type=int, default=300, help="held-out questions a row is measured on")
+    parser.add_argument("--limit", type=int, default=150, help="questions a row answers")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     rows: list[dict[str, Any]] = []
     for row in arguments.rows:
         try:
-            rows.append(run(row, arguments.runs, arguments.questions))
+            rows.append(run(row, arguments.runs, arguments.limit))
         except ValueError as error:
             print(f"error: {row}: {error}", file=sys.stderr)
             return 2

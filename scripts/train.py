@@ -25,7 +25,7 @@ def main() -> int:
     parser.add_argument("--no-training", action="store_true", help="export the newest checkpoint as it is")
     parser.add_argument("--export", type=Path, help="write the trained weights, recipe and curve to this folder")
     parser.add_argument(
-        "--results", type=Path, help="write a results file, with a quick held-out evaluation, to this folder"
+        "--results", type=Path, help="write a results file, with the loss of held-out answers, to this folder"
     )
     parser.add_argument("--questions", type=int, default=200, help="held-out questions of the results file")
     arguments = parser.parse_args()
@@ -55,12 +55,12 @@ def _train(recipe, arguments: argparse.Namespace) -> int:
         return 3
     if int(os.environ.get("RANK", "0")) == 0:
         from model_cards.model_card import readme
-        from training.export import export_model, quick_look
+        from training.export import export_model, training_figures
 
         if arguments.export:
             export_model(recipe, model, folder, arguments.export)
         if arguments.results:
-            figures = quick_look(recipe, model, folder, arguments.questions)
+            figures = training_figures(recipe, model, folder, arguments.questions)
             write_result(arguments.results / f"training_{recipe.name}.json", figures, recipe.seed)
         if arguments.export:
             (arguments.export / "README.md").write_text(readme(arguments.export, arguments.results or Path("results")))

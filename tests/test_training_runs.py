@@ -24,7 +24,7 @@ from modeling_xcllama.context_encoding import weights_digest
 from training.build import build_model
 from training.checkpoints import checkpoints, load_checkpoint
 from training.examples import ExamplePlan
-from training.export import export_model, quick_look
+from training.export import export_model, training_figures
 from training.loop import DivergedError, Setup, make_accelerator, read_log, train
 from training.objectives import Objective
 from training.passages import read_passages
@@ -259,9 +259,10 @@ def test_export_holds_what_a_reader_needs(make_recipe, tmp_path):
     model = run_recipe(recipe, tmp_path / "run")
     log = list(read_log(tmp_path / "run" / "log.jsonl"))
     assert [line["step"] for line in log if "right_context" in line] == [6, 12]
-    figures = quick_look(recipe, model, tmp_path / "run", questions=4)
+    figures = training_figures(recipe, model, tmp_path / "run", questions=4)
     assert figures["step"] == 12
-    assert set(figures["held_out"]) >= {"right_context", "wrong_context", "answer_loss", "samples"}
+    assert figures["held_out"]["questions"] == 4
+    assert set(figures["held_out"]["answer_loss"]) == {"right_context", "wrong_context"}
     target = tmp_path / "out"
     unrounded = {name: weight.detach().clone() for name, weight in model.added_parameters()}
     export_model(recipe, model, tmp_path / "run", target)
@@ -278,7 +279,7 @@ def test_export_holds_what_a_reader_needs(make_recipe, tmp_path):
     write_result(tmp_path / f"training_{recipe.name}.json", figures, recipe.seed)
     card = readme(target, tmp_path)
     assert "license_name: terms-of-the-base-model" in card
-    assert f"{figures['held_out']['wrong_context']['f1']:.3f}" in card
+    assert f"{figures['held_out']['answer_loss']['wrong_context']:.3f}" in card
     assert model.base_digest() in card
     assert {tensor.dtype for tensor in load_file(target / "cross_attention.safetensors").values()} == {torch.bfloat16}
     assert recipe_from_dict(yaml.safe_load((target / "recipe.yaml").read_text())).digest == recipe.digest

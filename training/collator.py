@@ -118,12 +118,6 @@ class Collator:
         prompt, question = self.prompts.prompt_ids(example.question, example.history, passages)
         return prompt + self.prompts.answer_ids(example.answer), len(prompt), question
 
-    def generation_inputs(self, examples: list[Example]) -> tuple[Tensor, Tensor]:
-        """Prompts of `examples` without their answers, padded on the left: ids and mask."""
-        return self.prompts.left_padded(
-            [ids[:start] for ids, start, _ in (self._encode(e, self.in_prompt) for e in examples)]
-        )
-
     def _pad(self, encoded: list[tuple[list[int], int, slice]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         length = max(len(ids) for ids, _, _ in encoded)
         ids = torch.full((len(encoded), length), self.prompts.pad_token_id)

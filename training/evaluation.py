@@ -1,19 +1,13 @@
-"""A quick look at a model during and after training: held-out questions with the right and with a wrong context.
-
-The published comparison is `lm_eval_tasks`; this one serves the loop.
-"""
+"""Validation loss: held-out questions with the right and with a wrong context. Answers are `lm_eval_tasks`' matter."""
 
 import random
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from dataset_builders import read_source
 from training.collator import Collator
 from training.examples import Example
-from training.metrics import exact_match, token_f1
-from training.objectives import Objective
 from training.prompts import Prompts
 
 
@@ -91,44 +85,3 @@ def answer_losses(
         figures[name] = total / tokens
     objective.train(training)
     return figures
-
-
-@torch.no_grad()
-def answer_questions(
-    objective: Objective,
-    held_out: HeldOut,
-    collator: Collator,
-    shift: int = 0,
-    max_new_tokens: int = 16,
-    batch_size: int = 8,
-) -> dict[str, Any]:
-    """Greedy answers, their F1 and exact match, with the passage of the question `shift` places on."""
-    model, prompts = objective.model, collator.prompts
-    training = model.training
-    model.eval()
-    predictions: list[str] = []
-    examples = held_out.examples(shift)
-    for start in range(0, len(examples), batch_size):
-        batch_examples = examples[start : start + batch_size]
-        batch = collator(batch_examples).to(model.device)
-        ids, mask = collator.generation_inputs(batch_examples)
-        with objective.autocast():
-            context = {"context_cache": objective.context(batch)} if objective.reads_context else {}
-        with objective.autocast():
-            output = model.generate(
-                input_ids=ids.to(model.device),
-                attention_mask=mask.to(model.device),
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                eos_token_id=prompts.end_token_id,
-                pad_token_id=prompts.pad_token_id,
-                **context,
-            )
-        predictions += [prompts.decode(row[ids.shape[1] :]) for row in output.tolist()]
-    model.train(training)
-    pairs = list(zip(predictions, held_out.answers, strict=True))
-    return {
-        "f1": sum(token_f1(*pair) for pair in pairs) / len(pairs),
-        "exact_match": sum(exact_match(*pair) for pair in pairs) / len(pairs),
-        "predictions": predictions,
-    }

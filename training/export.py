@@ -1,4 +1,4 @@
-"""A finished run as a folder to publish, and a quick look at what it learned."""
+"""A finished run as a folder to publish, and the figures of its training."""
 
 import importlib.metadata
 import json
@@ -16,7 +16,7 @@ from modeling_xcllama.context_encoding import weights_digest
 from training.build import load_processor, parameter_counts
 from training.checkpoints import checkpoints, write_json
 from training.curve import write_curve
-from training.evaluation import answer_losses, answer_questions, read_held_out
+from training.evaluation import answer_losses, read_held_out
 from training.loop import read_log
 from training.objectives import Objective
 from training.prompts import Prompts
@@ -74,20 +74,11 @@ def _base_digest(recipe: Recipe, model: nn.Module) -> str:
     return weights_digest((name, weight) for name, weight in named if ".lora_" not in name)
 
 
-def quick_look(recipe: Recipe, model: nn.Module, run_folder: Path, questions: int = 200) -> dict[str, Any]:
-    """Figures of a run, and of held-out questions with the right and with a wrong context."""
+def training_figures(recipe: Recipe, model: nn.Module, run_folder: Path, questions: int = 200) -> dict[str, Any]:
+    """Figures of a run, and the loss of held-out answers with the right and with a wrong context."""
     prompts = Prompts(load_processor(recipe))
     held_out = read_held_out(recipe.run.evaluate_source, questions, prompts)
-    objective = Objective(model, recipe)
-    collator = held_out_collator(recipe, prompts, model, held_out)
-    figures: dict[str, Any] = {"answer_loss": answer_losses(objective, held_out, collator)}
-    for name, shift in (("right_context", 0), ("wrong_context", 1)):
-        answers = answer_questions(objective, held_out, collator, shift)
-        predictions = answers.pop("predictions")
-        figures[name] = answers
-        if not shift:
-            samples = list(zip(held_out.questions, predictions, held_out.answers, strict=True))[:24]
-            figures["samples"] = [{"question": q, "prediction": p, "answers": a} for q, p, a in samples]
+    losses = answer_losses(Objective(model, recipe), held_out, held_out_collator(recipe, prompts, model, held_out))
     lines = list(read_log(run_folder / "log.jsonl"))
     trained = [_stage(folder) for folder in stages(run_folder)]
     return {
@@ -98,7 +89,11 @@ def quick_look(recipe: Recipe, model: nn.Module, run_folder: Path, questions: in
         "stages": trained,
         "training_seconds": sum(stage["seconds"] for stage in trained),
         "final_loss": next((line["loss"] for line in reversed(lines) if "loss" in line), None),
-        "held_out": {"source": recipe.run.evaluate_source, "questions": len(held_out.questions)} | figures,
+        "held_out": {
+            "source": recipe.run.evaluate_source,
+            "questions": len(held_out.questions),
+            "answer_loss": losses,
+        },
     }
 
 

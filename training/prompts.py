@@ -2,9 +2,6 @@
 
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor
-
 from modeling_xcllama import XCLlamaProcessor
 
 Turn = tuple[str, str]
@@ -48,18 +45,3 @@ class Prompts:
     def context_ids(self, passage: str) -> list[int]:
         """Ids of a passage, as the processor gives them to what encodes it."""
         return self.processor(contexts=[passage])["context_input_ids"][0]
-
-    def left_padded(self, encoded: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
-        """Stack prompts for generation: ids and mask `[rows, longest]`."""
-        longest = max(map(len, encoded))
-        ids = torch.full((len(encoded), longest), self.pad_token_id)
-        mask = torch.zeros_like(ids)
-        for row, tokens in enumerate(encoded):
-            ids[row, longest - len(tokens) :] = torch.tensor(tokens)
-            mask[row, longest - len(tokens) :] = 1
-        return ids, mask
-
-    def decode(self, ids: list[int]) -> str:
-        """An answer as text: up to its end, first line."""
-        text = self.tokenizer.decode(ids, skip_special_tokens=True).strip()
-        return text.split("\n")[0].strip()
