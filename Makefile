@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-slow test-browser space bench bench-quick lint style models fuzz kernels-inspect train-small train-smoke evaluate-small evaluate-offline publish-dry-run clean
+.PHONY: demo test test-slow test-browser space bench bench-quick lint style models fuzz kernels-inspect train-small train-smoke evaluate-small evaluate-offline ablations publish-dry-run clean
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -59,9 +59,9 @@ fuzz: .venv/.installed
 kernels-inspect: .venv/.installed
 	$(BIN)/python kernels/benchmarks/inspect_kernels.py --output results/kernels_inspect.json
 
-# hours on one core: (a) in three stages, then (b) out of it; an interrupted run goes on where it stopped
+# hours on one core: (a) in three stages, then (b) and (c) out of it; an interrupted run goes on where it stopped
 train-small: models
-	for name in xc-smollm2-135m-short xc-smollm2-135m-joined xc-smollm2-135m xc-smollm2-135m-condensed; do \
+	for name in xc-smollm2-135m-short xc-smollm2-135m-joined xc-smollm2-135m xc-smollm2-135m-condensed xc-enc-minilm; do \
 		train="env OMP_NUM_THREADS=1 $(BIN)/python scripts/train.py --recipe training/recipes/$$name.yaml"; \
 		resume=; if [ -e runs/$$name/recipe.json ]; then resume=--resume; fi; \
 		$$train $$resume || exit 1; \
@@ -71,11 +71,15 @@ train-small: models
 
 # hours on one core; what was evaluated before is not evaluated again
 evaluate-small: models
-	$(BIN)/python scripts/compare_methods.py --device cpu --batch_size 8 --limit 150 --output runs/eval --results results \
-		--checkpoint checkpoints/xc-smollm2-135m checkpoints/xc-smollm2-135m-condensed \
+	$(BIN)/python scripts/compare_methods.py --device cpu --batch_size 8 --limit 100 --output runs/eval --results results \
+		--checkpoint checkpoints/xc-smollm2-135m checkpoints/xc-smollm2-135m-condensed checkpoints/xc-enc-minilm \
 		--lora-prompt checkpoints/lora-prompt --lora-closed-book checkpoints/lora-closed-book \
 		--methods none prompt lora_closed_book lora_prompt cross cross_shuffled cross_int8 cross_int4 \
 		--tasks xc_squad_sample xc_coqa xc_drop xc_boolq xc_biomedical --control-tasks xc_squad_sample
+
+# an hour and a half on one core; what was trained and evaluated before is not again
+ablations: models
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/run_ablations.py
 
 # every mode of the evaluation on 20 questions a task; whole papers in the prompt take most of its half hour
 evaluate-offline: models

@@ -24,7 +24,8 @@ def generate(model, ids: torch.Tensor, new_tokens: int = NEW_TOKENS, **options) 
         ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=new_tokens,
-        min_new_tokens=new_tokens,
+        # a minimum of tokens would copy all logits of a step
+        eos_token_id=None,
         do_sample=False,
         streamer=clock,
         **options,

@@ -14,6 +14,7 @@ import gc
 import os
 import random
 import resource
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -74,19 +75,21 @@ class Bench:
         self.target = torch.empty(64 * 800, WIDTH, dtype=torch.bfloat16)
 
     def measure_writes(self, cache: ContextCache) -> dict:
-        """Adding all states against writing their bytes with one fsync, in turns."""
+        """Adding all states against writing their bytes with one fsync, in turns; the files of the last turn stay."""
         raw = cache.states["hidden"].view(torch.uint8).numpy().reshape(-1)
         cache.token_ids.numpy().tofile(self.raw_ids)
         ours, control = [], []
-        for turn in range(3):
+        for _ in range(5):
+            # both write new files: to write over an old one would find its pages in memory
+            self.raw.unlink(missing_ok=True)
+            shutil.rmtree(self.folder / "store", ignore_errors=True)
             begin = perf_counter()
             with open(self.raw, "wb") as file:
                 file.write(raw.data)
                 file.flush()
                 os.fsync(file.fileno())
             control.append(perf_counter() - begin)
-            name = "store" if turn == 0 else f"store{turn}"
-            with ContextStore(self.folder / name, fingerprint="bench", dtype="bfloat16") as store:
+            with ContextStore(self.folder / "store", fingerprint="bench", dtype="bfloat16") as store:
                 begin = perf_counter()
                 store.add_cache(self.ids, self.ids, cache)
                 ours.append(perf_counter() - begin)

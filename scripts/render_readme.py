@@ -149,6 +149,26 @@ def offline_table() -> str:
     return "\n".join(lines) + "\n" + source(name, result)
 
 
+def ablations_table() -> str:
+    """What each choice of the recipe gives or costs in short runs."""
+    result = read_result(RESULTS, "ablations")
+    if result is None:
+        return "Not measured yet: `make ablations`."
+    answers = result["rows"][0]["answers"]
+    lines = [
+        f"| after {result['rows'][0]['step']} steps | trained weights | loss of a held-out answer token | with another "
+        f"passage | F1, {answers['questions']} questions of `{answers['task']}` | 95 % interval |",
+        "|---|" + "---:|" * 5,
+    ]
+    for row in result["rows"]:
+        loss, (low, high) = row["held_out"]["answer_loss"], row["answers"]["interval"]
+        lines.append(
+            f"| {row['row']} | {row['parameters']['trained']:,} | {loss['right_context']:.3f} "
+            f"| {loss['wrong_context']:.3f} | {row['answers']['f1']:.3f} | {low:.3f} to {high:.3f} |"
+        )
+    return "\n".join(lines) + "\n" + source("ablations", result)
+
+
 def speed_table() -> str:
     """Latency and bytes of every way to answer from a long context, and the ratios that have a target."""
     result = read_result(RESULTS, "benchmark")
@@ -253,6 +273,7 @@ TABLES = {
     "bytes": bytes_table,
     "demo": demo_table,
     "evaluation": evaluation_table,
+    "ablations": ablations_table,
     "offline": offline_table,
     "store": store_table,
     "speed": speed_table,

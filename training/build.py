@@ -75,6 +75,11 @@ def _lora(base: PreTrainedModel, recipe: Recipe) -> nn.Module:
     return get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **recipe.model.lora))
 
 
+def in_frozen_precision(model: nn.Module) -> torch.autocast:
+    """The context in which `model` runs: frozen weights are stored in 16 bits, trained ones in 32."""
+    return torch.autocast(model.device.type, dtype=model.dtype, enabled=model.dtype != torch.float32)
+
+
 def load_teacher(recipe: Recipe) -> nn.Module | None:
     """The teacher of a recipe that distils: its base, with the adapter that the recipe names.
 

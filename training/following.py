@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from modeling_xcllama import XCLlamaForCausalLM, XCLlamaProcessor
+from training.build import in_frozen_precision
 from training.stored_states import store_states
-from training.transfer import in_frozen_precision, places_of, projected
+from training.transfer import places_of, projected
 
 logger = logging.getLogger(__name__)
 

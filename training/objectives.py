@@ -10,6 +10,7 @@ from torch.nn import functional
 from modeling_xcllama.context_cache import ContextCache, ProjectedContext
 from modeling_xcllama.context_projection import rotate_keys
 from modeling_xcllama.cross_attention import ContextRows
+from training.build import in_frozen_precision
 from training.collator import Batch
 from training.recipe import Recipe
 
@@ -42,18 +43,12 @@ class Objective(nn.Module):
         self.question_loss = recipe.optimization.question_loss
         self.distillation = recipe.distillation
         self.reads_context = recipe.method == "cross_attention"
-        self.autocast_dtype = torch.bfloat16 if recipe.optimization.precision == "bf16" else None
         # not a submodule: it is neither trained nor saved
         self._teacher = (teacher,)
 
-    def autocast(self) -> torch.autocast:
-        """The context in which the model runs: frozen weights are stored in 16 bits, trained ones in 32."""
-        device = next(self.parameters()).device.type
-        return torch.autocast(device, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None)
-
     def forward(self, batch: Batch) -> Losses:
         """The losses of a batch; logits are computed for the targets alone."""
-        with self.autocast():
+        with in_frozen_precision(self.model):
             return self._losses(batch)
 
     def _losses(self, batch: Batch) -> Losses:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from modeling_xcllama import XCLlamaForCausalLM, XCLlamaProcessor
+from training.build import in_frozen_precision
 from training.least_squares import linears, normalized, ridge_fit
 
 logger = logging.getLogger(__name__)
@@ -65,11 +66,6 @@ def _states(source, target, passages: list[str]) -> tuple[Tensor, Tensor]:
         ours.append(states[0][places_of(source[1], target[1], text)])
         theirs.append(states[1])
     return torch.cat(ours), torch.cat(theirs)
-
-
-def in_frozen_precision(model: XCLlamaForCausalLM) -> torch.autocast:
-    """The context in which `model` runs: trained weights may be wider than frozen ones."""
-    return torch.autocast(model.device.type, dtype=model.dtype, enabled=model.dtype != torch.float32)
 
 
 def places_of(old: XCLlamaProcessor, new: XCLlamaProcessor, text: str) -> list[int]:
