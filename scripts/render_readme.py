@@ -156,8 +156,8 @@ def ablations_table() -> str:
         return "Not measured yet: `make ablations`."
     answers = result["rows"][0]["answers"]
     lines = [
-        f"| after {result['rows'][0]['step']} steps | trained weights | loss of a held-out answer token | with another "
-        f"passage | F1, {answers['questions']} questions of `{answers['task']}` | 95 % interval |",
+        f"| after {result['rows'][0]['step']} steps | trained weights | loss of a held-out answer token "
+        f"| with another passage | F1, {answers['questions']} questions of `{answers['task']}` | 95 % interval |",
         "|---|" + "---:|" * 5,
     ]
     for row in result["rows"]:
