@@ -121,7 +121,7 @@ def main() -> int:
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="NAME", help=", ".join(ROWS))
     parser.add_argument("--runs", type=Path, default=Path("runs/ablation"))
     parser.add_argument("--results", type=Path, default=ROOT / "results/ablations.json")
-    parser.add_argument("--limit", type=int, default=150, help="questions a row answers")
+    parser.add_argument("--limit", type=int, default=100, help="questions a row answers")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     rows: list[dict[str, Any]] = []
