@@ -2,11 +2,12 @@
 
 python scripts/run_ablations.py [--rows NAME...] [--runs runs/ablation] [--results results/ablations.json]
 
-A row that was trained or evaluated before is not again, an interrupted one goes on. Answers are those of the lm-eval
-task `xc_squad_sample`; the loss is that of held-out answers in the training's domains.
+Rows that the results file holds are kept; one that was trained or evaluated before is not again, an interrupted one
+goes on. Answers and losses are those of held-out SQuAD questions, answers by the lm-eval task `xc_squad_sample`.
 """
 
 import argparse
+import json
 import logging
 import sys
 from pathlib import Path
@@ -56,6 +57,12 @@ def recipe_of(row: str) -> Recipe:
             section = section[key]
         section[name] = value
     return recipe_from_dict(values)
+
+
+def measured(results: Path, limit: int) -> dict[str, dict[str, Any]]:
+    """Rows of an earlier call, by the digest of their recipe."""
+    rows = json.loads(results.read_text())["rows"] if results.is_file() else []
+    return {row["digest"]: row for row in rows if row["answers"]["questions"] == limit}
 
 
 def run(row: str, runs: Path, limit: int) -> dict[str, Any]:
@@ -125,9 +132,10 @@ def main() -> int:
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     rows: list[dict[str, Any]] = []
+    known = measured(arguments.results, arguments.limit)
     for row in arguments.rows:
         try:
-            rows.append(run(row, arguments.runs, arguments.limit))
+            rows.append(known.get(recipe_of(row).digest) or run(row, arguments.runs, arguments.limit))
         except ValueError as error:
             print(f"error: {row}: {error}", file=sys.stderr)
             return 2
