@@ -60,9 +60,10 @@ def recipe_of(row: str) -> Recipe:
 
 
 def measured(results: Path, limit: int) -> dict[str, dict[str, Any]]:
-    """Rows of an earlier call, by the digest of their recipe."""
+    """The rows of an earlier call whose recipe and number of questions are those of now, by name."""
     rows = json.loads(results.read_text())["rows"] if results.is_file() else []
-    return {row["digest"]: row for row in rows if row["answers"]["questions"] == limit}
+    named = {row["row"]: row for row in rows if row["row"] in ROWS and row["answers"]["questions"] == limit}
+    return {name: row for name, row in named.items() if row["digest"] == recipe_of(name).digest}
 
 
 def run(row: str, runs: Path, limit: int) -> dict[str, Any]:
@@ -131,14 +132,17 @@ def main() -> int:
     parser.add_argument("--limit", type=int, default=100, help="questions a row answers")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
-    rows: list[dict[str, Any]] = []
-    known = measured(arguments.results, arguments.limit)
-    for row in arguments.rows:
+    found = measured(arguments.results, arguments.limit)
+    for name in arguments.rows:
+        if name in found:
+            continue
         try:
-            rows.append(known.get(recipe_of(row).digest) or run(row, arguments.runs, arguments.limit))
+            found[name] = run(name, arguments.runs, arguments.limit)
         except ValueError as error:
-            print(f"error: {row}: {error}", file=sys.stderr)
+            print(f"error: {name}: {error}", file=sys.stderr)
             return 2
+        # with those of earlier calls: an interrupted call loses none
+        rows = [found[row] for row in ROWS if row in found]
         write_result(arguments.results, {"rows": rows}, seed=0)
         plot(rows, arguments.results.with_suffix(".png"))
     return 0
