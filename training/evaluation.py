@@ -19,13 +19,13 @@ class HeldOut:
         passages: texts.
         context_ids: their token ids.
         questions: of each passage.
-        answers: accepted answers of each question.
+        answers: of each question, the first that is accepted.
     """
 
     passages: list[str]
     context_ids: list[list[int]]
     questions: list[str]
-    answers: list[list[str]]
+    answers: list[str]
 
     def examples(self, shift: int = 0) -> list[Example]:
         """The questions as examples; a `shift` gives each the passage of another question."""
@@ -38,7 +38,7 @@ class HeldOut:
                 ((index + shift) % count,),
                 "answer",
                 self.questions[index],
-                self.answers[index][0],
+                self.answers[index],
                 (),
                 f"held-out:{index}",
             )
@@ -62,7 +62,7 @@ def read_held_out(source: str, count: int, prompts: Prompts, max_words: int = 40
         chosen,
         [prompts.context_ids(text) for text in chosen],
         [rows[text]["question"] for text in chosen],
-        [rows[text]["answers"] for text in chosen],
+        [rows[text]["answers"][0] for text in chosen],
     )
 
 
