@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from training.answer_spans import answer_places
 from training.examples import BUCKET_STEPS, ExamplePlan
 from training.label_free import LABEL_FREE, cloze, completion, infilling, phrases, sentences
 from training.passages import Passage, Question
@@ -151,3 +152,27 @@ def test_renamed_passages_come_behind_the_others():
     assert len(more) == len(made) + 3
     with pytest.raises(ValueError, match="`data.renamed` is 13, and there are 12 passages"):
         with_renamed(made, 13, seed=0)
+
+
+@given(st.text(alphabet="ab. -'é", min_size=1, max_size=60), st.data())
+def test_answer_places_are_where_a_search_finds_them(passage, data):
+    """Tokens of one character: what is found spells the answer, at every occurrence as a whole word, in any case."""
+    start = data.draw(st.integers(0, len(passage) - 1))
+    answer = passage[start : data.draw(st.integers(start + 1, len(passage)))]
+    offsets = [(index, index + 1) for index in range(len(passage))]
+    places = answer_places(answer.upper(), offsets[: len(answer)], passage, offsets)
+    first = places[0]
+    assert places == [[place + index for place in first] for index in range(len(answer))]
+    for place in first:
+        assert passage[place : place + len(answer)] == answer
+    word = (start == 0 or not passage[start - 1].isalnum()) and not passage[start + len(answer) :][:1].isalnum()
+    once = sum(passage.startswith(answer, index) for index in range(len(passage))) == 1
+    assert (start in first) or not (word and once)
+
+
+def test_answer_places_cover_tokens_that_are_cut_elsewhere():
+    passage, answer = "In 1963 Rosemary left.", "Rosemary"
+    offsets = [(0, 2), (2, 7), (7, 12), (12, 16), (16, 21), (21, 22)]
+    assert answer_places(answer, [(0, 8)], passage, offsets) == [[2, 3]]
+    assert answer_places(answer, [(0, 3), (3, 8)], passage, offsets) == [[2], [2, 3]]
+    assert answer_places("Rose", [(0, 4)], passage, offsets) == [[]]

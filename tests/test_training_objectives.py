@@ -129,6 +129,35 @@ def test_question_loss_counts_the_question(make_recipe):
     torch.testing.assert_close(weighted(batch).objective, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("rope", [False, True], ids=["", "rope"])
+@pytest.mark.parametrize("shared", [False, True], ids=["hidden", "condensed"])
+@pytest.mark.parametrize("distractors", [0, 2])
+def test_span_loss_is_the_attention_that_misses_the_answer(make_recipe, shared, distractors, rope):
+    config = {"context_layer": 2, "cross_attention_layers": [1, 3], "cross_attention_share_key_value": shared}
+    config |= {"cross_attention_rope": rope, "cross_attn_implementation": "eager"}
+    changes = {"span_loss": 0.5, "span_layers": [3], "context_dropout": 0.2}
+    recipe = make_recipe(model={"config": config}, data={"distractors": distractors}, optimization=changes)
+    batch, objective, *_ = batch_and_objective(recipe)
+    ids, cache = batch.input_ids, objective.context(batch)
+    output = objective.model(
+        input_ids=ids, attention_mask=batch.attention_mask, context_cache=cache, output_attentions=True
+    )
+    missed = 0.0
+    assert len(batch.span_positions) > 1
+    for (row, position), mask in zip(batch.span_positions.tolist(), batch.span_mask, strict=True):
+        context = torch.cat([batch.context_ids[batch.offsets[i] : batch.offsets[i + 1]] for i in batch.rows[row]])
+        # the tokens to attend to are the answer's next token, wherever the answer stands
+        assert set(context[mask[: len(context)]].tolist()) == {ids[row, position + 1].item()}
+        assert not mask[len(context) :].any()
+        weights = output.cross_attentions[1][row, :, position, : len(context)]
+        missed -= (weights[:, mask[: len(context)]].sum(-1).mean() / 0.5).clamp(max=1).log()
+    losses = objective(batch)
+    assert missed > 0
+    torch.testing.assert_close(losses.objective, losses.answer + 0.5 * missed, rtol=1e-4, atol=1e-4)
+    losses.objective.backward()
+    assert objective.model.model.cross_attention_blocks[1].q_proj.weight.grad.abs().sum() > 0
+
+
 def test_context_dropout_hides_tokens_but_never_the_first(make_recipe):
     whole, *_ = batch_and_objective(make_recipe(optimization={"context_dropout": 0}))
     half, *_ = batch_and_objective(make_recipe(optimization={"context_dropout": 0.5}))

@@ -70,7 +70,10 @@ def test_digest_covers_what_decides_the_weights_and_nothing_else():
         ({"data__sources": {}}, "sources.*above 0"),
         ({"data__sources": {"squad_sample": 1}}, "squad_sample.*evaluation only"),
         ({"model__train_encoder": True}, "train_encoder.*encoder"),
+        ({"model__start_from": "runs/x", "model__least_squares_passages": 8}, "start_from.*least_squares_passages"),
         ({"method": "lora_prompt", "distillation": {"weight": 1}}, "distillation.*cross_attention"),
+        ({"optimization__span_loss": 0.1}, "span_layers.*got \\[\\]"),
+        ({"optimization__span_loss": 0.1, "optimization__span_layers": [7]}, "span_layers.*got \\[7\\]"),
         ({"model": "SmolLM2"}, "recipe.model.*mapping.*str"),
     ],
 )
@@ -130,4 +133,17 @@ def test_dry_run_of_the_small_checkpoints_fits_the_limit(smollm2_folder, minilm_
 
 def test_recipe_files_hold_every_field_by_its_name():
     for path in RECIPES:
-        assert set(yaml.safe_load(path.read_text())) <= set(load_recipe(path).to_dict())
+        assert set(yaml.safe_load(path.read_text())) - {"extends"} <= set(load_recipe(path).to_dict())
+
+
+def test_a_recipe_that_extends_another_says_what_differs(tmp_path):
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(values(seed=3, data__tasks={"answer": 1, "cloze": 2})))
+    changes = "extends: base.yaml\nname: next\ndata: {tasks: {cloze: 1}}\noptimization: {learning_rate: 2e-3}\n"
+    (tmp_path / "next.yaml").write_text(changes)
+    merged = values(
+        name="next", seed=3, data__tasks={"cloze": 1}, optimization__steps=4, optimization__learning_rate=2e-3
+    )
+    assert load_recipe(tmp_path / "next.yaml") == recipe_from_dict(merged)
+    (tmp_path / "next.yaml").write_text("extends: nowhere.yaml\nname: next\n")
+    with pytest.raises(ValueError, match="No recipe file.*nowhere"):
+        load_recipe(tmp_path / "next.yaml")

@@ -9,6 +9,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from training.answer_spans import answer_places
 from training.examples import Example
 from training.prompts import Prompts
 from training.stored_states import StoredStates
@@ -27,6 +28,9 @@ class Batch:
         context_ids: int `[num_tokens]`, the token ids of the passages.
         offsets: first token of each passage and the end of the last.
         rows: the passages that each row reads.
+        span_positions: int `[num_spans, 2]`, the row and the position that predict an answer token which the row's
+            context holds; None unless asked for.
+        span_mask: bool `[num_spans, longest context]`, where in the row's context that token stands.
         teacher_ids, teacher_attention_mask, teacher_answer_mask: the same examples with the passages in the prompt.
     """
 
@@ -39,6 +43,8 @@ class Batch:
     context_ids: Tensor
     offsets: tuple[int, ...]
     rows: tuple[tuple[int, ...], ...]
+    span_positions: Tensor | None = None
+    span_mask: Tensor | None = None
     teacher_ids: Tensor | None = None
     teacher_attention_mask: Tensor | None = None
     teacher_answer_mask: Tensor | None = None
@@ -69,6 +75,7 @@ class Collator:
         in_prompt: put the passages into the prompt (the LoRA baseline) instead of the context.
         context_dropout: share of a passage's tokens that no row may read; never the first, which draws idle attention.
         teacher: add the same examples with the passages in the prompt.
+        spans: say where the answers stand in the contexts.
     """
 
     def __init__(
@@ -80,9 +87,11 @@ class Collator:
         in_prompt: bool = False,
         context_dropout: float = 0.0,
         teacher: bool = False,
+        spans: bool = False,
     ):
         self.prompts, self.passages, self.context_ids, self.states = prompts, passages, context_ids, states
-        self.in_prompt, self.context_dropout, self.teacher = in_prompt, context_dropout, teacher
+        self.in_prompt, self.context_dropout = in_prompt, context_dropout
+        self.teacher, self.spans = teacher, spans
 
     def __call__(self, examples: list[Example]) -> Batch:
         """The batch of `examples`, in their order; each distinct passage is stored once."""
@@ -99,6 +108,9 @@ class Collator:
         states = None
         if self.states is not None:
             states = torch.cat([self.states[passage][kept[passage]] for passage in used])
+        spans = {}
+        if self.spans:
+            spans = dict(zip(("span_positions", "span_mask"), self._spans(examples, encoded, kept), strict=True))
         return Batch(
             tuple(example.key for example in examples),
             ids,
@@ -109,6 +121,7 @@ class Collator:
             torch.cat(context_ids),
             tuple(accumulate((len(item) for item in context_ids), initial=0)),
             tuple(tuple(place[passage] for passage in example.passages) for example in examples),
+            **spans,
             **teacher,
         )
 
@@ -128,6 +141,33 @@ class Collator:
             masks[1, row, start : len(tokens)] = True
             masks[2, row, question] = True
         return ids, masks[0].long(), masks[1], masks[2]
+
+    def _spans(
+        self, examples: list[Example], encoded: list[tuple[list[int], int, slice]], kept: dict[int, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """`span_positions` and `span_mask` of a batch; an answer that no passage holds has no entry."""
+        offsets = {passage: self.prompts.context_offsets(self.passages[passage]) for passage in kept}
+        positions, masks = [], []
+        for row, (example, (_, start, _)) in enumerate(zip(examples, encoded, strict=True)):
+            answer_offsets = self.prompts.answer_offsets(example.answer)
+            parts = []
+            for passage in example.passages:
+                places = answer_places(example.answer, answer_offsets, self.passages[passage], offsets[passage])
+                mask = torch.zeros(len(places), len(offsets[passage]), dtype=torch.bool)
+                for token, found in enumerate(places):
+                    mask[token, found] = True
+                parts.append(mask[:, kept[passage]])
+            for token, mask in enumerate(torch.cat(parts, 1)):
+                if mask.any():
+                    # the token before the answer's predicts it
+                    positions.append((row, start + token - 1))
+                    masks.append(mask)
+        longest = max(map(len, masks), default=0)
+        padded = [torch.nn.functional.pad(mask, (0, longest - len(mask))) for mask in masks]
+        return (
+            torch.tensor(positions, dtype=torch.long).view(-1, 2),
+            torch.stack(padded) if padded else torch.zeros(0, 0, dtype=torch.bool),
+        )
 
     def _kept(self, passage: int, examples: list[Example]) -> Tensor:
         """Indices of the tokens of a passage that may be read: the same for all rows and processes of a step."""

@@ -1,5 +1,11 @@
-"""What is minimized: likelihood of the answer, optionally of the question, and KL to a teacher that reads a prompt."""
+"""What is minimized: likelihood of the answer and, where a recipe asks for them, three more.
 
+They are the likelihood of the question, attention to where the answer stands in the context, and KL to a teacher that
+reads a prompt.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -13,6 +19,9 @@ from modeling_xcllama.cross_attention import ContextRows
 from training.build import in_frozen_precision
 from training.collator import Batch
 from training.recipe import Recipe
+
+# attention of a block that rests on the answer, as a mean over heads, from which on more is not asked for
+SPAN_ATTENTION = 0.5
 
 
 @dataclass
@@ -40,7 +49,8 @@ class Objective(nn.Module):
     def __init__(self, model: nn.Module, recipe: Recipe, teacher: nn.Module | None = None):
         super().__init__()
         self.model = model
-        self.question_loss = recipe.optimization.question_loss
+        self.question_loss, self.span_loss = recipe.optimization.question_loss, recipe.optimization.span_loss
+        self.span_layers = recipe.optimization.span_layers
         self.distillation = recipe.distillation
         self.reads_context = recipe.method == "cross_attention"
         # not a submodule: it is neither trained nor saved
@@ -54,9 +64,10 @@ class Objective(nn.Module):
     def _losses(self, batch: Batch) -> Losses:
         causal = _causal(self.model)
         context = {"context_cache": self.context(batch)} if self.reads_context else {}
-        hidden = causal.model(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, **context
-        ).last_hidden_state[:, :-1]
+        with _inputs_of(self._drawn_blocks(causal) if batch.span_mask is not None else []) as inputs:
+            hidden = causal.model(
+                input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, **context
+            ).last_hidden_state[:, :-1]
         targets, answer = batch.input_ids[:, 1:], batch.answer_mask[:, 1:]
         read = answer | batch.question_mask[:, 1:] if self.question_loss else answer
         logits = causal.lm_head(hidden[read]).float()
@@ -64,6 +75,8 @@ class Objective(nn.Module):
         of_answer = answer[read]
         answer_loss = losses[of_answer].sum()
         objective = answer_loss + self.question_loss * losses[~of_answer].sum() if self.question_loss else answer_loss
+        if batch.span_mask is not None and len(batch.span_mask):
+            objective = objective + self.span_loss * _span_loss(batch, inputs)
         if self.distillation.weight:
             objective = objective + self.distillation.weight * self._divergence(batch, logits[of_answer])
         return Losses(objective, answer_loss)
@@ -90,6 +103,10 @@ class Objective(nn.Module):
         keys, values = zip(*pairs, strict=True)
         return ProjectedContext(tuple(keys), tuple(values), rows, None, model.context_projections)
 
+    def _drawn_blocks(self, causal: nn.Module) -> list[nn.Module]:
+        blocks = causal.model.cross_attention_blocks
+        return [blocks[causal.model.block_after[layer]] for layer in self.span_layers]
+
     @torch.no_grad()
     def _teacher_logits(self, batch: Batch) -> Tensor:
         causal = _causal(self._teacher[0])
@@ -104,6 +121,32 @@ class Objective(nn.Module):
         teacher = functional.log_softmax(self._teacher_logits(batch) / temperature, -1)
         student = functional.log_softmax(logits / temperature, -1)
         return functional.kl_div(student, teacher, log_target=True, reduction="sum") * temperature**2
+
+
+def _span_loss(batch: Batch, inputs: list[tuple[nn.Module, tuple]]) -> Tensor:
+    """-log of the attention that rests on the answer's next token, summed over these tokens, mean over the blocks."""
+    rows, positions = batch.span_positions.unbind(1)
+    loss = 0.0
+    for block, (hidden, key, value, context, _, rotary, _) in inputs:
+        own = ContextRows(context.offsets, tuple(context.context_index[row] for row in rows.tolist()))
+        if rotary is not None:
+            rotary = tuple(part.expand(len(hidden), -1, -1)[rows, positions][:, None] for part in rotary)
+        _, weights = block(hidden[rows, positions][:, None], key, value, own, "eager", rotary, True)
+        attention = (weights[:, :, 0] * batch.span_mask[:, None]).sum(-1).mean(1)
+        loss = loss - (attention / SPAN_ATTENTION).clamp(1e-5, 1.0).log().sum()
+    return loss / len(inputs)
+
+
+@contextmanager
+def _inputs_of(modules: list[nn.Module]) -> Iterator[list[tuple[nn.Module, tuple]]]:
+    """The modules with their positional inputs, in the order in which they run."""
+    inputs: list[tuple[nn.Module, tuple]] = []
+    hooks = [module.register_forward_pre_hook(lambda *call: inputs.append(call)) for module in modules]
+    try:
+        yield inputs
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _causal(model: nn.Module) -> nn.Module:

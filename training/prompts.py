@@ -42,6 +42,16 @@ class Prompts:
         text = answer if self.tokenizer.chat_template else f" {answer}"
         return [*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.end_token_id]
 
+    def answer_offsets(self, answer: str) -> list[tuple[int, int]]:
+        """The characters of an answer that each of its `answer_ids` but the last stands for."""
+        space = 0 if self.tokenizer.chat_template else 1
+        encoding = self.tokenizer(" " * space + answer, add_special_tokens=False, return_offsets_mapping=True)
+        return [(max(0, first - space), last - space) for first, last in encoding["offset_mapping"]]
+
     def context_ids(self, passage: str) -> list[int]:
         """Ids of a passage, as the processor gives them to what encodes it."""
         return self.processor(contexts=[passage])["context_input_ids"][0]
+
+    def context_offsets(self, passage: str) -> list[tuple[int, int]]:
+        """The characters of a passage that each of its `context_ids` stands for."""
+        return self.processor(contexts=[passage], return_offsets_mapping=True)["context_offset_mapping"][0]

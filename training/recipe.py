@@ -89,6 +89,8 @@ class OptimizationSection:
         passages_per_step, questions_per_passage: the questions of a step, over all processes and accumulated batches.
         accumulate: forward passes that a step is cut into on each process.
         question_loss: weight of the question's own tokens (0: the question is masked).
+        span_loss: weight of the loss that draws attention to the answer where the context holds it (0: none).
+        span_layers: the cross-attention layers that it draws; needed with `span_loss`.
         context_dropout: share of context tokens hidden from a question.
         gate_learning_rate: of the gates (None: `learning_rate`).
     """
@@ -107,6 +109,8 @@ class OptimizationSection:
     precision: str = "bf16"
     gradient_checkpointing: bool = False
     question_loss: float = 0.0
+    span_loss: float = 0.0
+    span_layers: tuple[int, ...] = ()
     context_dropout: float = 0.1
 
 
@@ -187,12 +191,23 @@ class Recipe:
                 raise ValueError(f"`optimization.{name}` must lie in [0, 1), got {getattr(optimization, name)}.")
         if self.distillation.weight and self.method != "cross_attention":
             raise ValueError(f"`distillation` needs method 'cross_attention', got {self.method!r}.")
+        if optimization.span_loss:
+            layers = self.model.config.get("cross_attention_layers") or ()
+            if not optimization.span_layers or not set(optimization.span_layers) <= set(layers):
+                raise ValueError(
+                    "`optimization.span_loss` needs `span_layers`, some of `model.config.cross_attention_layers` "
+                    f"({list(layers)}), got {list(optimization.span_layers)}."
+                )
+            if self.model.config.get("cross_attention_share_weights"):
+                raise ValueError("`optimization.span_loss` needs a block of its own for each layer.")
         if self.model.follow_steps and not (self.model.train_encoder and self.model.transfer_from):
             raise ValueError("`model.follow_steps` needs `model.train_encoder` and `model.transfer_from`.")
         if self.model.train_encoder and self.model.encoder is None:
             raise ValueError("`model.train_encoder` needs `model.encoder`; the decoder itself is never trained.")
         if self.model.transfer_from is not None and not self.model.least_squares_passages:
             raise ValueError("`model.transfer_from` needs `model.least_squares_passages` above 0.")
+        if self.model.start_from is not None and (self.model.transfer_from or self.model.least_squares_passages):
+            raise ValueError("`model.start_from` brings all weights: no `transfer_from`, no `least_squares_passages`.")
         if "squad_sample" in data.sources:
             raise ValueError("`data.sources` must not hold squad_sample: it is for evaluation only.")
 
@@ -209,12 +224,16 @@ class Recipe:
 
 
 def load_recipe(path: str | Path) -> Recipe:
-    """Read a recipe file.
+    """Read a recipe file; what it does not say is as in the file beside it that its `extends` names, field by field.
 
     Raises:
         ValueError: no such file, no mapping, an unknown or missing field, a value out of range.
     """
-    path = Path(path)
+    return recipe_from_dict(_read(Path(path)))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The plain values of a recipe file."""
     if not path.is_file():
         known = sorted(file.stem for file in (Path(__file__).parent / "recipes").glob("*.yaml"))
         raise ValueError(f"No recipe file {str(path)!r}; recipes of this project: {', '.join(known)}.")
@@ -222,7 +241,14 @@ def load_recipe(path: str | Path) -> Recipe:
         values = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is no valid YAML: {error}") from None
-    return recipe_from_dict(values)
+    if not isinstance(values, dict) or "extends" not in values:
+        return values
+    other = _read(path.parent / values.pop("extends"))
+    merged = other | values
+    for name in set(other) & set(values):
+        if isinstance(other[name], dict) and isinstance(values[name], dict):
+            merged[name] = other[name] | values[name]
+    return merged
 
 
 def recipe_from_dict(values: Any) -> Recipe:

@@ -102,6 +102,7 @@ def make_collator(
         in_prompt=recipe.method == "lora_prompt",
         context_dropout=recipe.optimization.context_dropout if training else 0.0,
         teacher=training and recipe.distillation.weight > 0,
+        spans=training and recipe.optimization.span_loss > 0,
     )
 
 
