@@ -353,4 +353,6 @@ class XCLlamaLM(HFLM):
             info["cache_bytes_per_token"] = self._bytes_per_token()
         if hasattr(self.config, "base_model_digest"):
             info["base_model_digest"] = self.config.base_model_digest
+        if self.context_mode in CROSS_MODES:
+            info["added_digest"] = self.model.added_digest()
         return info | (self.pool.summary() if self.pool is not None else {})

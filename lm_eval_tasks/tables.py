@@ -151,6 +151,7 @@ def summarize(runs: Sequence[Run]) -> dict[str, Any]:
                 "model": run.model,
                 "mode": run.mode,
                 "cache_dtype": run.cache_dtype,
+                "added_digest": run.config.get("added_digest"),
                 "limit": run.config.get("limit"),
                 "quality": {metric: _figure(run, metric) for metric in QUALITY if metric in run.metrics},
                 "cost": cost | {name: run.config.get(name) for name in COUNTS},

@@ -30,6 +30,7 @@ from model_cards.model_card import (
     checkpoint_card,
     conversion_card,
     eval_results_yaml,
+    evaluation_of,
     read_result,
 )
 from model_cards.rendering import check_card
@@ -115,7 +116,7 @@ def assemble_model(
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     if original is None:
-        _add_records(source, folder, read_result(results, f"eval_{source.name}"))
+        _add_records(source, folder, evaluation_of(source, results))
     (folder / "README.md").write_text(card)
     return model, processor
 

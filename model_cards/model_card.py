@@ -207,6 +207,15 @@ def training_values(folder: Path, bases: list[str], digest: str, results: Path, 
     }
 
 
+def evaluation_of(folder: Path, results: Path) -> dict[str, Any] | None:
+    """results/eval_NAME.json of a folder of added weights, None where it was measured with other weights."""
+    evaluation = read_result(results, f"eval_{folder.name}")
+    if evaluation is None:
+        return None
+    measured = {run["added_digest"] for run in evaluation["runs"] if run["model"] == folder.name}
+    return evaluation if measured <= {read_result(folder, "training")["added_digest"]} else None
+
+
 def measured_with(results: Path, file: str, name: str) -> dict[str, Any] | None:
     """results/FILE.json where it was measured with this checkpoint (`DEFAULT` when its command names none)."""
     measured = read_result(results, file)
@@ -245,7 +254,7 @@ def checkpoint_card(folder: Path, config: XCLlamaConfig, results: Path, repo_id:
     """
     bases, digest = bases_of(config), config.base_model_digest
     values = training_values(folder, bases, digest, results, repo_id)
-    evaluation = read_result(results, f"eval_{folder.name}")
+    evaluation = evaluation_of(folder, results)
     values |= {
         "header": header(folder.name, bases, digest, values["trained"]["sources"], evaluation),
         "config": config,

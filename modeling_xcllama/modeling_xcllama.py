@@ -136,6 +136,10 @@ class XCLlamaForCausalLM(ContextGenerationMixin, XCLlamaPreTrainedModel, LlamaFo
             trained = name.startswith((*ADDED_PREFIXES, "model.encoder."))
             weight.requires_grad_(trained and weight.is_floating_point())
 
+    def added_digest(self) -> str:
+        """Digest of the cross-attention modules' weights."""
+        return weights_digest(self.added_parameters())
+
     def base_digest(self) -> str:
         """Digest of the frozen decoder's weights."""
         added = (*ADDED_PREFIXES, "model.encoder.")

@@ -60,6 +60,7 @@ def export_model(recipe: Recipe, model: nn.Module, run_folder: Path, target: Pat
             "base": recipe.model.base,
             "base_source": origin.read_text().strip() if origin.is_file() else recipe.model.base,
             "base_digest": _base_digest(recipe, model),
+            "added_digest": model.added_digest() if recipe.method == "cross_attention" else None,
             "sources": sorted(recipe.data.sources),
             "versions": _versions(),
         },
