@@ -212,7 +212,7 @@ def evaluation_of(folder: Path, results: Path) -> dict[str, Any] | None:
     evaluation = read_result(results, f"eval_{folder.name}")
     if evaluation is None:
         return None
-    measured = {run["added_digest"] for run in evaluation["runs"] if run["model"] == folder.name}
+    measured = {run.get("added_digest") for run in evaluation["runs"] if run["model"] == folder.name}
     return evaluation if measured <= {read_result(folder, "training")["added_digest"]} else None
 
 

@@ -43,6 +43,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "every second layer": {"model.config.cross_attention_layers": [14, 16, 18, 20, 22, 24, 26, 28]},
     "question tokens count": {"optimization.question_loss": 0.3},
     "passages renamed": {"data.renamed": 100},
+    "attention drawn to answers": {"optimization.span_loss": 0.3, "optimization.span_layers": [20, 21, 22, 23]},
 }
 
 

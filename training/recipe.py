@@ -15,6 +15,8 @@ METHODS = ("cross_attention", "lora_prompt", "lora_closed_book")
 TASKS = ("answer", "question", "cloze", "phrase_question", "phrase_cloze", "completion", "infilling", "repetition")
 SCHEDULES = ("linear", "cosine", "constant")
 PRECISIONS = ("fp32", "bf16")
+# fields of `optimization` that recipes got later: where they are not used, a run keeps the digest that it had
+LATER = ("span_loss", "span_layers")
 
 
 @dataclass(frozen=True)
@@ -216,6 +218,8 @@ class Recipe:
         """Digest of all that decides the weights: every field but `run` and `description`."""
         fields = dataclasses.asdict(self)
         fields = {name: value for name, value in fields.items() if name not in ("run", "description")}
+        for name in LATER if not self.optimization.span_loss else ():
+            del fields["optimization"][name]
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
     def to_dict(self) -> dict[str, Any]:
