@@ -13,14 +13,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from dataset_builders.provenance import write_result
 from lm_eval_tasks.comparison import Models, compare
 from lm_eval_tasks.tables import interval, load_runs
 from training.checkpoints import checkpoints
 from training.export import export_model, training_figures
-from training.recipe import Recipe, recipe_from_dict
+from training.recipe import Recipe, load_recipe, recipe_from_dict
 from training.run import load_run, run_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,7 +47,7 @@ ROWS: dict[str, dict[str, Any]] = {
 
 def recipe_of(row: str) -> Recipe:
     """The recipe of a row."""
-    values = yaml.safe_load(RECIPE.read_text())
+    values = load_recipe(RECIPE).to_dict()
     values["name"] = f"ablation-{row.replace(' ', '-')}"
     for path, value in ROWS[row].items():
         *sections, name = path.split(".")

@@ -19,6 +19,8 @@ class Prompts:
         self.processor, self.tokenizer = processor, processor.tokenizer
         # ChatML ends a turn with its own token, base models with the end of the text
         self.end_token_id = self.tokenizer.eos_token_id
+        # a template ends where the answer starts; without one a space parts them
+        self._before_answer = "" if self.tokenizer.chat_template else " "
         self.pad_token_id = self.end_token_id if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
 
     def prompt_ids(
@@ -39,13 +41,13 @@ class Prompts:
 
     def answer_ids(self, answer: str) -> list[int]:
         """Ids of an answer and the token that ends it."""
-        text = answer if self.tokenizer.chat_template else f" {answer}"
-        return [*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.end_token_id]
+        encoding = self.tokenizer(self._before_answer + answer, add_special_tokens=False)
+        return [*encoding["input_ids"], self.end_token_id]
 
     def answer_offsets(self, answer: str) -> list[tuple[int, int]]:
         """The characters of an answer that each of its `answer_ids` but the last stands for."""
-        space = 0 if self.tokenizer.chat_template else 1
-        encoding = self.tokenizer(" " * space + answer, add_special_tokens=False, return_offsets_mapping=True)
+        space = len(self._before_answer)
+        encoding = self.tokenizer(self._before_answer + answer, add_special_tokens=False, return_offsets_mapping=True)
         return [(max(0, first - space), last - space) for first, last in encoding["offset_mapping"]]
 
     def context_ids(self, passage: str) -> list[int]:
