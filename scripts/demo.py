@@ -1,4 +1,6 @@
-"""Encode passages once into a context store, then answer questions about them from the store in a new process.
+"""Encode documents once, passage by passage, into a context store; then answer from the store in a new process.
+
+A question gets no document named: the store is searched, and the passage found is read from its cache.
 
 python scripts/demo.py [--json FILE] [--checkpoint FOLDER] [--passages FOLDER]
 """
@@ -15,15 +17,18 @@ import torch
 from load_model import load_model
 
 from context_store import ContextStore
-from context_store.answering import FirstToken
+from context_store.answering import FirstToken, ask
 from dataset_builders.provenance import write_result
+from lm_eval_tasks.metrics import normalize_answer
 
 ROOT = Path(__file__).resolve().parent.parent
+MAX_NEW_TOKENS = 24
 
 
-def read_passages(folder: Path) -> list[dict]:
-    """The passages, with name, title, text and questions."""
-    return [{"name": path.stem, **json.loads(path.read_text())} for path in sorted(folder.glob("*.json"))]
+def read_documents(folder: Path) -> list[dict]:
+    """The documents, with name, passages and questions; a paragraph is a passage."""
+    documents = [{"name": path.stem, **json.loads(path.read_text())} for path in sorted(folder.glob("*.json"))]
+    return [document | {"passages": document["text"].split("\n\n")} for document in documents]
 
 
 def encode(arguments: argparse.Namespace) -> list[dict]:
@@ -33,82 +38,83 @@ def encode(arguments: argparse.Namespace) -> list[dict]:
     kv_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * model.dtype.itemsize
     rows = []
     with ContextStore(arguments.store, model, processor) as store:
-        for passage in read_passages(arguments.passages):
-            name, text = passage["name"], passage["text"]
+        for document in read_documents(arguments.passages):
+            name, passages = document["name"], document["passages"]
+            ids = [f"{name}-{number}" for number in range(1, len(passages) + 1)]
             # the first run warms up
-            model.encode_context(**processor(contexts=[text], return_tensors="pt"))
+            model.encode_context(**processor(contexts=passages, return_tensors="pt"))
             with store.request() as cost:
-                store.add(name, text, progress=False)
-            cache = store.get(name)
+                store.add(ids, passages, progress=False)
+            cache = store.get(ids)
+            tokens = cache.offsets[-1]
             rows.append(
                 {
-                    "passage": name,
-                    "tokens": cache.num_tokens,
+                    "document": name,
+                    "passages": len(passages),
+                    "tokens": tokens,
                     "file_bytes": cache.nbytes + cache.token_ids.nbytes,
                     "bytes_per_token": cache.bytes_per_token,
-                    "kv_cache_bytes": kv_bytes * cache.num_tokens,
+                    "kv_cache_bytes": kv_bytes * tokens,
                     "encode_seconds": cost.encode_seconds,
                 }
             )
     return rows
 
 
-def first_token_seconds(model, inputs: dict, repeats: int = 3, **options) -> float:
-    """Median time from the call of `generate` to its first token."""
-    seconds = []
-    for _ in range(repeats + 1):
-        streamer = FirstToken()
-        model.generate(**inputs, **options, max_new_tokens=2, do_sample=False, streamer=streamer)
-        seconds.append(streamer.seconds)
-    # the first run warms up
-    return median(seconds[1:])
+def first_token_in_prompt(model, processor, passage: str, question: str) -> float:
+    """Seconds to the first token with the passage in the prompt."""
+    prompt = processor.prompts([f"{passage}\n\n{question}"])
+    inputs = processor.tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
+    streamer = FirstToken()
+    model.generate(**inputs, max_new_tokens=2, do_sample=False, streamer=streamer)
+    return streamer.seconds
 
 
 def answer(arguments: argparse.Namespace) -> list[dict]:
-    """In a process that never saw the passages' states: read each from the store, answer, time the first token."""
+    """In a process that never saw the passages' states: search, read from the store, answer, time the first token."""
     model, processor = load_model(arguments.checkpoint)
-    tokenizer = processor.tokenizer
-    rows = []
     store = ContextStore(arguments.store, model, processor, read_only=True)
-    for passage in read_passages(arguments.passages):
-        with store.request() as cost:
-            cache = store.get(passage["name"])
-        questions = [question for question, _ in passage["questions"]]
-        inputs = processor(text=questions, return_tensors="pt")
-        options = {"max_new_tokens": 24, "do_sample": False}
-        generated = model.generate(**inputs, context_cache=cache.select([0] * len(questions)), **options)
-        answers = processor.batch_decode(generated[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        single = processor(text=questions[:1], return_tensors="pt")
-        prompt = processor.prompts([f"{passage['text']}\n\n{questions[0]}"])
-        in_prompt = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
-        rows.append(
-            {
-                "load_seconds": cost.get_seconds,
-                "first_token_from_cache_seconds": first_token_seconds(model, single, context_cache=cache),
-                "first_token_from_prompt_seconds": first_token_seconds(model, in_prompt),
-                "answers": [
-                    {"question": question, "expected": expected, "answer": text.strip()}
-                    for (question, expected), text in zip(passage["questions"], answers, strict=True)
-                ],
-            }
-        )
+    documents = read_documents(arguments.passages)
+    texts = {f"{item['name']}-{i}": text for item in documents for i, text in enumerate(item["passages"], 1)}
+    # the first run warms up
+    question = documents[0]["questions"][0][0]
+    ask(store, model, processor, question, k=1, max_new_tokens=MAX_NEW_TOKENS)
+    first_token_in_prompt(model, processor, documents[0]["passages"][0], question)
+    rows = []
+    for document in documents:
+        answers, costs = [], []
+        for question, expected in document["questions"]:
+            found = ask(store, model, processor, question, k=1, max_new_tokens=MAX_NEW_TOKENS)
+            passage = found.hits[0].id
+            in_prompt = first_token_in_prompt(model, processor, texts[passage], question)
+            load = found.cost.search_seconds + found.cost.get_seconds
+            costs.append((load, found.first_token_seconds, in_prompt))
+            right = normalize_answer(expected) in normalize_answer(found.text)
+            answers.append(
+                {"question": question, "expected": expected, "passage": passage, "answer": found.text, "right": right}
+            )
+        names = ("load_seconds", "first_token_from_cache_seconds", "first_token_from_prompt_seconds")
+        rows.append(dict(zip(names, map(median, zip(*costs, strict=True)), strict=True)) | {"answers": answers})
     return rows
 
 
 def print_table(rows: list[dict]) -> None:
-    """The figures of every passage, and its questions with the answers."""
-    print("\npassage       tokens        file  B/token     KV cache   encode      load  1st token  in prompt")
+    """The figures of every document, and its questions with the answers."""
+    print("\ndocument     passages  tokens        file  B/token     KV cache   encode      load  1st token  in prompt")
     for row in rows:
         from_cache, from_prompt = row["first_token_from_cache_seconds"], row["first_token_from_prompt_seconds"]
         print(
-            f"{row['passage']:12}{row['tokens']:>8,}{row['file_bytes'] / 1024:>8,.0f} KiB"
+            f"{row['document']:12}{row['passages']:>9}{row['tokens']:>8,}{row['file_bytes'] / 1024:>8,.0f} KiB"
             f"{row['bytes_per_token']:>9,.0f}{row['kv_cache_bytes'] / 1024:>9,.0f} KiB{row['encode_seconds']:>7.2f} s"
             f"{1000 * row['load_seconds']:>7.1f} ms{1000 * from_cache:>8.0f} ms{1000 * from_prompt:>8.0f} ms"
         )
-    for row in rows:
-        print(f"\n{row['passage']}")
-        for item in row["answers"]:
-            print(f"  {item['question']}\n    -> {item['answer']!r}   (expected: {item['expected']!r})")
+    answers = [item for row in rows for item in row["answers"]]
+    print()
+    for item in answers:
+        mark = "right" if item["right"] else f"expected: {item['expected']!r}"
+        print(f"{item['question']}\n    -> {item['answer']!r} from {item['passage']} ({mark})")
+    right = sum(item["right"] for item in answers)
+    print(f"\n{right} of {len(answers)} answers hold what is expected.")
 
 
 def main() -> int:
@@ -133,7 +139,7 @@ def main() -> int:
         rows = [row | read for row, read in zip(rows, json.loads(output.splitlines()[-1]), strict=True)]
     print_table(rows)
     if arguments.json:
-        write_result(arguments.json, {"passages": rows}, seed=0)
+        write_result(arguments.json, {"documents": rows}, seed=0)
     return 0
 
 

@@ -82,21 +82,23 @@ def demo_table() -> str:
     if result is None:
         return "Not measured yet: `python scripts/demo.py --json results/demo.json`."
     lines = [
-        "| passage | tokens | cache file | KV cache | first token, cache | first token, prompt | ratio |",
-        "|---|" + "---:|" * 6,
+        "| document | passages | tokens | cache file | KV cache | first token, cache | first token, prompt | ratio |",
+        "|---|" + "---:|" * 7,
     ]
-    for row in result["passages"]:
+    for row in result["documents"]:
         cache, prompt = row["first_token_from_cache_seconds"], row["first_token_from_prompt_seconds"]
         lines.append(
-            f"| {row['passage']} | {row['tokens']:,} | {row['file_bytes'] / 1024:,.0f} KiB "
+            f"| {row['document']} | {row['passages']} | {row['tokens']:,} | {row['file_bytes'] / 1024:,.0f} KiB "
             f"| {row['kv_cache_bytes'] / 1024:,.0f} KiB | {1000 * cache:,.0f} ms | {1000 * prompt:,.0f} ms "
             f"| {prompt / cache:.1f} |"
         )
-    lines += ["", "| question | expected | answer from the cache |", "|---|---|---|"]
-    for row in result["passages"]:
-        for item in row["answers"]:
-            answer = item["answer"].replace("\n", " ").replace("|", "\\|")
-            lines.append(f"| {item['question']} | {item['expected']} | {answer} |")
+    answers = [item for row in result["documents"] for item in row["answers"]]
+    right = sum(item["right"] for item in answers)
+    lines += ["", f"{right} of {len(answers)} answers hold what is expected:", ""]
+    lines += ["| question | expected | passage found | answer from its cache |", "|---|---|---|---|"]
+    for item in answers:
+        answer = item["answer"].replace("\n", " ").replace("|", "\\|")
+        lines.append(f"| {item['question']} | {item['expected']} | {item['passage']} | {answer} |")
     return "\n".join(lines) + "\n" + source("demo", result)
 
 
