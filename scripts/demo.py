@@ -75,7 +75,6 @@ def answer(arguments: argparse.Namespace) -> list[dict]:
     model, processor = load_model(arguments.checkpoint)
     store = ContextStore(arguments.store, model, processor, read_only=True)
     documents = read_documents(arguments.passages)
-    texts = {f"{item['name']}-{i}": text for item in documents for i, text in enumerate(item["passages"], 1)}
     # the first run warms up
     question = documents[0]["questions"][0][0]
     ask(store, model, processor, question, k=1, max_new_tokens=MAX_NEW_TOKENS)
@@ -86,7 +85,7 @@ def answer(arguments: argparse.Namespace) -> list[dict]:
         for question, expected in document["questions"]:
             found = ask(store, model, processor, question, k=1, max_new_tokens=MAX_NEW_TOKENS)
             passage = found.hits[0].id
-            in_prompt = first_token_in_prompt(model, processor, texts[passage], question)
+            in_prompt = first_token_in_prompt(model, processor, store.catalogue.text(passage)[0], question)
             load = found.cost.search_seconds + found.cost.get_seconds
             costs.append((load, found.first_token_seconds, in_prompt))
             right = normalize_answer(expected) in normalize_answer(found.text)

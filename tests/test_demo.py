@@ -1,4 +1,4 @@
-"""scripts/demo.py on one document, with the trained checkpoint: what it reports is what was asked, found and answered."""
+"""scripts/demo.py on one document, with the trained checkpoint: it reports what was asked, found and answered."""
 
 import json
 import shutil
@@ -19,7 +19,8 @@ def test_most_questions_are_answered_from_the_cache_in_a_new_process(tmp_path):
     document = json.loads((documents / "lighthouse.json").read_text())
     [row] = json.loads(report.read_text())["documents"]
     paragraphs = document["text"].split("\n\n")
-    assert row["document"] == "lighthouse" and row["passages"] == len(paragraphs)
+    assert row["document"] == "lighthouse"
+    assert row["passages"] == len(paragraphs)
     # 16-bit states of layer 18: 576 values a token
     assert row["bytes_per_token"] == 1152
     asked = [(item["question"], item["expected"]) for item in row["answers"]]

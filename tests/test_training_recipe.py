@@ -136,6 +136,13 @@ def test_recipe_files_hold_every_field_by_its_name():
         assert set(yaml.safe_load(path.read_text())) - {"extends"} <= set(load_recipe(path).to_dict())
 
 
+def test_recipes_that_extend_each_other_are_refused(tmp_path):
+    (tmp_path / "a.yaml").write_text("extends: b.yaml")
+    (tmp_path / "b.yaml").write_text("extends: a.yaml")
+    with pytest.raises(ValueError, match=r"circle: a.yaml -> b.yaml -> a.yaml"):
+        load_recipe(tmp_path / "a.yaml")
+
+
 def test_a_recipe_that_extends_another_says_what_differs(tmp_path):
     (tmp_path / "base.yaml").write_text(yaml.safe_dump(values(seed=3, data__tasks={"answer": 1, "cloze": 2})))
     changes = "extends: base.yaml\nname: next\ndata: {tasks: {cloze: 1}}\noptimization: {learning_rate: 2e-3}\n"

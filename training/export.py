@@ -75,7 +75,7 @@ def _base_digest(recipe: Recipe, model: nn.Module) -> str:
     return weights_digest((name, weight) for name, weight in named if ".lora_" not in name)
 
 
-def training_figures(recipe: Recipe, model: nn.Module, run_folder: Path, questions: int = 200) -> dict[str, Any]:
+def training_figures(recipe: Recipe, model: nn.Module, run_folder: Path, questions: int) -> dict[str, Any]:
     """Figures of a run, and the loss of held-out answers with the right and with a wrong context."""
     prompts = Prompts(load_processor(recipe))
     held_out = read_held_out(recipe.run.evaluate_source, questions, prompts)

@@ -236,8 +236,10 @@ def load_recipe(path: str | Path) -> Recipe:
     return recipe_from_dict(_read(Path(path)))
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The plain values of a recipe file."""
+    if path.resolve() in extended_by:
+        raise ValueError(f"`extends` goes in a circle: {' -> '.join(file.name for file in (*extended_by, path))}.")
     if not path.is_file():
         known = sorted(file.stem for file in (Path(__file__).parent / "recipes").glob("*.yaml"))
         raise ValueError(f"No recipe file {str(path)!r}; recipes of this project: {', '.join(known)}.")
@@ -247,7 +249,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is no valid YAML: {error}") from None
     if not isinstance(values, dict) or "extends" not in values:
         return values
-    other = _read(path.parent / values.pop("extends"))
+    other = _read(path.parent / values.pop("extends"), (*extended_by, path.resolve()))
     merged = other | values
     for name in set(other) & set(values):
         if isinstance(other[name], dict) and isinstance(values[name], dict):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from modeling_xcllama import XCLlamaForCausalLM, XCLlamaProcessor
 from training.build import in_frozen_precision
 from training.least_squares import linears, normalized, ridge_fit
+from training.prompts import Prompts
 
 logger = logging.getLogger(__name__)
 
@@ -79,8 +80,7 @@ def places_of(old: XCLlamaProcessor, new: XCLlamaProcessor, text: str) -> list[i
 
 def _ends(processor: XCLlamaProcessor, text: str) -> list[int]:
     """Where each token of a context ends in its text, never falling."""
-    spans = processor(contexts=[text], return_offsets_mapping=True)["context_offset_mapping"][0]
-    return list(accumulate((end for _, end in spans), max))
+    return list(accumulate((end for _, end in Prompts(processor).context_offsets(text)), max))
 
 
 def projected(model: XCLlamaForCausalLM, states: Tensor) -> tuple[list[Tensor], list[Tensor]]:
