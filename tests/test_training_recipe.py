@@ -72,6 +72,8 @@ def test_digest_covers_what_decides_the_weights_and_nothing_else():
         ({"model__train_encoder": True}, "train_encoder.*encoder"),
         ({"model__start_from": "runs/x", "model__least_squares_passages": 8}, "start_from.*least_squares_passages"),
         ({"method": "lora_prompt", "distillation": {"weight": 1}}, "distillation.*cross_attention"),
+        ({"optimization__start_share": 0.5}, "start_share.*0.5.*needs `model.start_from`"),
+        ({"optimization__start_share": 1.0}, "start_share.*1.0"),
         ({"optimization__span_loss": 0.1}, "span_layers.*got \\[\\]"),
         ({"optimization__span_loss": 0.1, "optimization__span_layers": [7]}, "span_layers.*got \\[7\\]"),
         ({"model": "SmolLM2"}, "recipe.model.*mapping.*str"),

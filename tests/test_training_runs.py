@@ -254,8 +254,10 @@ def test_script_reports_bad_input_in_one_line(make_recipe, tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_export_holds_what_a_reader_needs(make_recipe, tmp_path):
-    recipe = make_recipe(run={"evaluate_steps": 6, "evaluate_questions": 4, "log_steps": 2})
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_export_holds_what_a_reader_needs(make_recipe, precision, tmp_path):
+    run = {"evaluate_steps": 6, "evaluate_questions": 4, "log_steps": 2}
+    recipe = make_recipe(run=run, optimization={"precision": precision})
     model = run_recipe(recipe, tmp_path / "run")
     log = list(read_log(tmp_path / "run" / "log.jsonl"))
     assert [line["step"] for line in log if "right_context" in line] == [6, 12]
@@ -266,6 +268,8 @@ def test_export_holds_what_a_reader_needs(make_recipe, tmp_path):
     target = tmp_path / "out"
     unrounded = {name: weight.detach().clone() for name, weight in model.added_parameters()}
     export_model(recipe, model, tmp_path / "run", target)
+    # scripts/train.py measures what it exported
+    assert training_figures(recipe, model, tmp_path / "run", questions=4)["step"] == 12
     assert {path.name for path in target.iterdir()} == {
         "chat_template.jinja",
         "config.json",
@@ -282,12 +286,31 @@ def test_export_holds_what_a_reader_needs(make_recipe, tmp_path):
     assert f"{figures['held_out']['answer_loss']['wrong_context']:.3f}" in card
     assert model.base_digest() in card
     assert {tensor.dtype for tensor in load_file(target / "cross_attention.safetensors").values()} == {torch.bfloat16}
+    assert json.loads((target / "config.json").read_text())["dtype"] == "bfloat16"
     assert recipe_from_dict(yaml.safe_load((target / "recipe.yaml").read_text())).digest == recipe.digest
     assert equal(dict(load_run(recipe, tmp_path / "run").added_parameters()), unrounded)
     fresh = build_model(recipe)
     fresh.load_cross_attention(target)
     for (name, old), (_, new) in zip(model.added_parameters(), fresh.added_parameters(), strict=True):
         torch.testing.assert_close(new, old.float(), msg=name)
+
+
+def test_a_start_keeps_its_share_of_the_weights(make_recipe, tmp_path):
+    """The exported weights are the average; the run's own checkpoint, from which it resumes, is not averaged."""
+    run_recipe(make_recipe(optimization={"steps": 2}), tmp_path / "first")
+    later = {"model": {"start_from": str(tmp_path / "first")}, "name": "later"}
+    averaged = make_recipe(optimization={"steps": 3, "start_share": 0.25}, **later)
+    found = dict(run_recipe(averaged, tmp_path / "second").added_parameters())
+    trained = load_file(checkpoints(tmp_path / "second")[-1] / "weights.safetensors")
+    started = load_file(checkpoints(tmp_path / "first")[-1] / "weights.safetensors")
+    for name, weight in trained.items():
+        torch.testing.assert_close(
+            found[name.removeprefix("model.")], 0.25 * started[name] + 0.75 * weight, msg=name, check_device=False
+        )
+    assert equal(dict(load_run(averaged, tmp_path / "second").added_parameters()), found)
+    shutil.rmtree(tmp_path / "first")
+    with pytest.raises(ValueError, match="has no checkpoint for `start_share`"):
+        load_run(averaged, tmp_path / "second")
 
 
 def test_an_exported_adapter_names_its_base(make_recipe, base_folder, tmp_path):

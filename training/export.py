@@ -29,9 +29,9 @@ PACKAGES = ("torch", "transformers", "accelerate", "peft", "datasets")
 def export_model(recipe: Recipe, model: nn.Module, run_folder: Path, target: Path) -> None:
     """Write the trained weights in 16 bits, config, chat template, recipe and curve to `target`."""
     target.mkdir(parents=True, exist_ok=True)
-    for weight in model.parameters():
-        if weight.requires_grad:
-            weight.data = weight.data.to(torch.bfloat16)
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    for weight in trained:
+        weight.data = weight.data.to(torch.bfloat16)
     base_id = recipe.run.base_id or recipe.model.base
     if recipe.method == "cross_attention":
         model.config.base_model_name_or_path = base_id
@@ -42,6 +42,9 @@ def export_model(recipe: Recipe, model: nn.Module, run_folder: Path, target: Pat
         model.peft_config["default"].base_model_name_or_path = base_id
         # embeddings are not trained: peft need not look the base up on the Hub to know
         model.save_pretrained(target, save_embedding_layers=False)
+    # figures are measured after this: with the rounded weights, in the precision of the run
+    for weight in trained:
+        weight.data = weight.data.float()
     template = load_processor(recipe).tokenizer.chat_template
     if template:
         _write(target / "chat_template.jinja", template)

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import nn
@@ -56,6 +57,7 @@ def run_recipe(recipe: Recipe, folder: Path, resume: bool = False) -> nn.Module:
     plan = ExamplePlan(passages, recipe)
     setup = Setup(objective, batches_of(plan, collator, accelerator, recipe), _evaluator(recipe, prompts, model))
     train(recipe, folder, setup, accelerator, resume)
+    _mix_start(recipe, objective)
     return model
 
 
@@ -73,16 +75,32 @@ def _start(recipe: Recipe, model: nn.Module, prompts: Prompts, texts: list[str])
 
 
 def load_run(recipe: Recipe, folder: Path) -> nn.Module:
-    """The model of a run as its newest checkpoint has it, finished or not.
+    """The model of a run as its newest checkpoint has it, finished or not, with the share of its start.
 
     Raises:
         ValueError: no checkpoint, or a run of another recipe.
     """
     open_run(folder, recipe, resume=True)
     model = build_model(recipe)
-    if not load_checkpoint(folder, Objective(model, recipe)):
+    objective = Objective(model, recipe)
+    if not load_checkpoint(folder, objective):
         raise ValueError(f"{folder} holds no checkpoint yet; train first.")
+    _mix_start(recipe, objective)
     return model
+
+
+@torch.no_grad()
+def _mix_start(recipe: Recipe, objective: nn.Module) -> None:
+    """Give the weights that a run started from their share; its checkpoints stay as they were trained."""
+    share = recipe.optimization.start_share
+    if not share:
+        return
+    weights = [weight for weight in objective.parameters() if weight.requires_grad]
+    trained = [weight.clone() for weight in weights]
+    if not load_checkpoint(Path(recipe.model.start_from), objective):
+        raise ValueError(f"`model.start_from` ({recipe.model.start_from}) has no checkpoint for `start_share`.")
+    for weight, own in zip(weights, trained, strict=True):
+        weight.lerp_(own, 1 - share)
 
 
 def make_collator(
