@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-slow test-browser space bench bench-quick lint style models fuzz kernels-inspect train-small train-smoke evaluate-small evaluate-offline ablations publish-dry-run clean
+.PHONY: demo test test-slow test-browser space bench bench-quick lint style models fuzz kernels-inspect train-small train-smoke evaluate-small evaluate-layouts evaluate-offline ablations publish-dry-run clean
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -78,6 +78,11 @@ evaluate-small: models
 		--lora-prompt checkpoints/lora-prompt --lora-closed-book checkpoints/lora-closed-book \
 		--methods none prompt lora_closed_book lora_prompt cross cross_shuffled cross_int8 cross_int4 \
 		--tasks xc_squad_sample xc_coqa xc_drop xc_boolq xc_biomedical --control-tasks xc_squad_sample
+
+# the two layouts on three times the questions, a quarter of an hour on one core
+evaluate-layouts: models
+	$(BIN)/python scripts/compare_methods.py --device cpu --batch_size 8 --limit 300 --output runs/eval_layouts --results results/layouts \
+		--checkpoint checkpoints/xc-smollm2-135m checkpoints/xc-smollm2-135m-condensed --methods none cross --tasks xc_squad_sample
 
 # an hour and a half on one core; what was trained and evaluated before is not again
 ablations: models

@@ -241,7 +241,8 @@ class XCLlamaForCausalLM(ContextGenerationMixin, XCLlamaPreTrainedModel, LlamaFo
             if name.startswith("model.encoder.") and weight.requires_grad:
                 tensors[name] = weight.detach().contiguous().cpu()
         # as `save_pretrained` does: the dtype of what is saved, whatever the frozen weights have
-        self.config.dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+        for config in filter(None, (self.config, self.config.encoder_config)):
+            config.dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
         partial = folder / f".{WEIGHTS_NAME}.{secrets.token_hex(4)}.partial"
         try:
             save_file(tensors, partial, metadata={"format": "pt"})

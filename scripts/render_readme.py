@@ -8,6 +8,7 @@ A table stands between `<!-- table: NAME -->` and `<!-- end -->`; what is not me
 import argparse
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 from transformers import BertConfig
@@ -102,12 +103,11 @@ def demo_table() -> str:
     return "\n".join(lines) + "\n" + source("demo", result)
 
 
-def evaluation_table() -> str:
+def evaluation_table(name: str = "eval_xc-smollm2-135m", target: str = "evaluate-small") -> str:
     """Quality and cost of every method on the held-out questions, and what the project aims at."""
-    name = "eval_xc-smollm2-135m"
     result = read_result(RESULTS, name)
     if result is None:
-        return "Not measured yet: `make evaluate-small`."
+        return f"Not measured yet: `make {target}`."
     lines = [
         "| method | task | questions | F1 or accuracy | 95 % interval | exact | bytes a token |",
         "|---|---|" + "---:|" * 5,
@@ -275,6 +275,7 @@ TABLES = {
     "bytes": bytes_table,
     "demo": demo_table,
     "evaluation": evaluation_table,
+    "layouts": partial(evaluation_table, "layouts/eval_xc-smollm2-135m", "evaluate-layouts"),
     "ablations": ablations_table,
     "offline": offline_table,
     "store": store_table,
