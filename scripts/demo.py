@@ -46,15 +46,14 @@ def encode(arguments: argparse.Namespace) -> list[dict]:
             with store.request() as cost:
                 store.add(ids, passages, progress=False)
             cache = store.get(ids)
-            tokens = cache.offsets[-1]
             rows.append(
                 {
                     "document": name,
                     "passages": len(passages),
-                    "tokens": tokens,
+                    "tokens": cache.num_tokens,
                     "file_bytes": cache.nbytes + cache.token_ids.nbytes,
                     "bytes_per_token": cache.bytes_per_token,
-                    "kv_cache_bytes": kv_bytes * tokens,
+                    "kv_cache_bytes": kv_bytes * cache.num_tokens,
                     "encode_seconds": cost.encode_seconds,
                 }
             )
@@ -85,15 +84,22 @@ def answer(arguments: argparse.Namespace) -> list[dict]:
         for question, expected in document["questions"]:
             found = ask(store, model, processor, question, k=1, max_new_tokens=MAX_NEW_TOKENS)
             passage = found.hits[0].id
-            in_prompt = first_token_in_prompt(model, processor, store.catalogue.text(passage)[0], question)
-            load = found.cost.search_seconds + found.cost.get_seconds
-            costs.append((load, found.first_token_seconds, in_prompt))
+            seconds_in_prompt = first_token_in_prompt(model, processor, store.catalogue.text(passage)[0], question)
+            load_seconds = found.cost.search_seconds + found.cost.get_seconds
+            costs.append((load_seconds, found.first_token_seconds, seconds_in_prompt))
             right = normalize_answer(expected) in normalize_answer(found.text)
             answers.append(
                 {"question": question, "expected": expected, "passage": passage, "answer": found.text, "right": right}
             )
-        names = ("load_seconds", "first_token_from_cache_seconds", "first_token_from_prompt_seconds")
-        rows.append(dict(zip(names, map(median, zip(*costs, strict=True)), strict=True)) | {"answers": answers})
+        load, from_cache, in_prompt = zip(*costs, strict=True)
+        rows.append(
+            {
+                "load_seconds": median(load),
+                "first_token_from_cache_seconds": median(from_cache),
+                "first_token_from_prompt_seconds": median(in_prompt),
+                "answers": answers,
+            }
+        )
     return rows
 
 
