@@ -105,7 +105,8 @@ def test_backward_is_deterministic_and_order_of_rows_is_irrelevant_to_queries():
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
     flipped = Case(case.query.flip(0), case.key, case.value, case.offsets, case.context_index.flip(0))
     other = gradients(flipped, cross_attention_with_lse, grad.flip(0), None)
-    assert torch.equal(other[0].flip(0), first[0])
+    # the interpreter's BLAS may sum flipped rows in another order
+    assert relative_error(other[0].flip(0), first[0]) < TOLERANCES[torch.float32]
 
 
 def test_strided_and_expanded_gradients():

@@ -70,7 +70,8 @@ assert torch.equal(bare.embed_tokens.weight, model.model.embed_tokens.weight)
 
 def test_smollm2_answers_from_a_file_in_another_process(smollm2_folder, tmp_path):
     fields = {"context_layer": 15, "cross_attention_layers": list(range(14, 30, 2))}
-    model = XCLlamaForCausalLM.from_decoder(smollm2_folder, **fields).eval()
+    # in float32: tokens of 16-bit products may differ between two processes
+    model = XCLlamaForCausalLM.from_decoder(smollm2_folder, dtype=torch.float32, **fields).eval()
     processor = XCLlamaProcessor(AutoTokenizer.from_pretrained(smollm2_folder))
     text = "The lighthouse of Skerrow was designed by Margaret Hale and finished in August 1838."
     cache = model.encode_context(**processor(contexts=[text], return_tensors="pt"))
@@ -80,7 +81,7 @@ def test_smollm2_answers_from_a_file_in_another_process(smollm2_folder, tmp_path
     inputs = processor(text=["Who designed the lighthouse?"], return_tensors="pt")
     options = {"max_new_tokens": 6, "do_sample": False}
     expected = model.generate(**inputs, context_cache=cache, **options)
-    assert cache.bytes_per_token == 2 * 576
+    assert cache.bytes_per_token == 4 * 576
     output = run_elsewhere(
         f"""
 processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
