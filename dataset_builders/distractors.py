@@ -3,7 +3,7 @@
 import random
 
 from dataset_builders.schema import Row
-from dataset_builders.splits import document_key, normalize
+from dataset_builders.splits import document_key, holds, normalize
 from dataset_builders.text_tasks import sentences
 
 
@@ -45,13 +45,6 @@ class DistractorPool:
             if not any(holds(text, answer) for answer in answers):
                 others.append((title, text))
         return others
-
-
-def holds(text: str, normalized_answer: str) -> bool:
-    """Whether the words of an answer stand in `text`, in order; yes and no stand nowhere."""
-    if normalized_answer in ("yes", "no", ""):
-        return False
-    return f" {normalized_answer} " in f" {normalize(text)} "
 
 
 def chunks(text: str, max_words: int) -> list[str]:

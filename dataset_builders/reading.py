@@ -30,7 +30,7 @@ def read_source(
         name: a key of `SOURCES`.
         path: a file, URL or pattern in the source's official format, or a Hub id (`organisation/name`, with
             `:configuration` and `@split` where they matter); None: the source's own default.
-        split: "train", "validation", "test" (by document, the same for every seed) or "all".
+        split: "train", "validation", "dev", "test" (by document, the same for every seed) or "all".
         on_error: "raise", or "drop" to leave out records that cannot be read and count them.
         report: filled with what was read, kept and dropped, over all splits, as the stream advances.
         settings: the seed together with the options that some sources have; give it or `seed`.

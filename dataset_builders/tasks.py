@@ -19,9 +19,9 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from dataset_builders import text_tasks
-from dataset_builders.distractors import DistractorPool, chunks, holds
+from dataset_builders.distractors import DistractorPool, chunks
 from dataset_builders.schema import NO_ANSWER, Row
-from dataset_builders.splits import normalize
+from dataset_builders.splits import holds, normalize
 
 Example = dict[str, Any]
 Task = Callable[[Row, random.Random, DistractorPool], list[Example]]

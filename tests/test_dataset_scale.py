@@ -10,6 +10,7 @@ import pytest
 from dataset_builders import Report, read_source
 from dataset_builders.card import render_card
 from dataset_builders.generated_input import FILES, generate
+from dataset_builders.splits import SPLITS
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -50,7 +51,7 @@ def test_the_card_of_the_stored_mix_has_every_number_of_its_table():
     table = json.loads((REPOSITORY / "results" / "dataset_mix.json").read_text())
     card = render_card(table, "organisation/name")
     for name, config in table["configs"].items():
-        sizes = [config["splits"].get(split, {"rows": 0})["rows"] for split in ("train", "validation", "test")]
+        sizes = [config["splits"].get(split, {"rows": 0})["rows"] for split in SPLITS]
         assert f"| `{name}` | {' | '.join(map(str, sizes))} |" in card
         if "licence" in config:
             assert (

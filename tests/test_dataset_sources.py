@@ -296,7 +296,7 @@ def test_unknown_names_and_options():
     with pytest.raises(ValueError, match="`name` must be one of .*squad_v2.*got 'squad3'"):
         read_source("squad3")
     with pytest.raises(ValueError, match="`split` must be one of"):
-        read_source("squad_v2", "x.json", split="dev")
+        read_source("squad_v2", "x.json", split="held")
     with pytest.raises(ValueError, match="`on_error` must be"):
         read_source("squad_v2", "x.json", on_error="ignore")
     with pytest.raises(ValueError, match="needs `path`"):

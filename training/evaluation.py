@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dataset_builders import read_source
+from dataset_builders import SOURCES, read_source
 from training.collator import Collator
 from training.examples import Example
 from training.prompts import Prompts
@@ -47,9 +47,9 @@ class HeldOut:
 
 
 def read_held_out(source: str, count: int, prompts: Prompts, max_words: int = 400) -> HeldOut:
-    """`count` questions of the test split of a source, each of another passage."""
+    """`count` questions that a source holds for choices (dev, else test), each of another passage."""
     rows = {}
-    for row in read_source(source, split="test"):
+    for row in read_source(source, split="dev" if SOURCES[source].dev_documents else "test"):
         text = row["contexts_list"][0]
         if row["answerable"] and len(text.split()) <= max_words and not row["history"]:
             rows.setdefault(text, row)
@@ -57,7 +57,7 @@ def read_held_out(source: str, count: int, prompts: Prompts, max_words: int = 40
     random.Random(0).shuffle(chosen)
     chosen = chosen[:count]
     if len(chosen) < 2:
-        raise ValueError(f"Source {source!r} has fewer than two short passages in its test split; name another one.")
+        raise ValueError(f"Source {source!r} has fewer than two short held-out passages; name another one.")
     return HeldOut(
         chosen,
         [prompts.context_ids(text) for text in chosen],
