@@ -64,7 +64,7 @@ train-small: models
 	for name in xc-smollm2-135m-short xc-smollm2-135m-joined xc-smollm2-135m \
 			xc-smollm2-135m-condensed-short xc-smollm2-135m-condensed-joined xc-smollm2-135m-condensed \
 			xc-enc-minilm-short xc-enc-minilm-repeated xc-enc-minilm-drawn xc-enc-minilm; do \
-		train="env OMP_NUM_THREADS=1 $(BIN)/python scripts/train.py --recipe training/recipes/$$name.yaml"; \
+		train="env OMP_NUM_THREADS=1 $(BIN)/python scripts/train.py --recipe xcllama/training/recipes/$$name.yaml"; \
 		resume=; if [ -e runs/$$name/recipe.json ]; then resume=--resume; fi; \
 		$$train $$resume || exit 1; \
 		case $$name in *-short|*-joined|*-repeated|*-drawn) continue;; esac; \
@@ -96,7 +96,7 @@ evaluate-offline: models
 
 train-smoke: models
 	rm -rf runs/smoke
-	OMP_NUM_THREADS=1 $(BIN)/python scripts/train.py --recipe training/recipes/smoke.yaml --export runs/smoke/export
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/train.py --recipe xcllama/training/recipes/smoke.yaml --export runs/smoke/export
 
 # everything but the upload; with a token (HF_TOKEN) compared with what is on the Hub
 publish-dry-run: models

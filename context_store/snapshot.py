@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Callable
+from importlib.resources import files
 from pathlib import Path
 
 from tqdm import tqdm
@@ -10,7 +11,7 @@ from .catalogue import Catalogue
 from .manifest import MANIFEST_NAME, Folder, Manifest, ShardEntry, sha256_of, write_part
 from .shards import DamagedShardError, MappedShard, offsets_of, slices, write_shard
 
-CARD_TEMPLATE = Path(__file__).resolve().parents[1] / "model_cards" / "context_card.md.jinja"
+CARD_TEMPLATE = files("xcllama.templates") / "context_card.md.jinja"
 SNAPSHOT_QUERY = (
     "SELECT id, text, metadata, content_hash, start, tokens, nbytes, checksum FROM documents "
     "JOIN texts USING (document) WHERE shard = ? AND expires > unixepoch() ORDER BY start"

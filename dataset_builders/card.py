@@ -1,13 +1,13 @@
 """The card of a published data set, filled from its build table: no number is typed by hand."""
 
-from pathlib import Path
+from importlib.resources import files
 from typing import Any
 
 from huggingface_hub import DatasetCard, DatasetCardData
 
 from dataset_builders.schema import FEATURES
 
-TEMPLATE = Path(__file__).resolve().parents[1] / "model_cards" / "dataset_card.md.jinja"
+TEMPLATE = files("xcllama.templates") / "dataset_card.md.jinja"
 _SIZES = [(1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M")]
 _KNOWN_LICENCES = {
     "CC BY 4.0": "cc-by-4.0",

@@ -23,7 +23,7 @@ from statistics import median
 from gradio_client import Client
 
 from dataset_builders.provenance import write_result
-from model_cards.running_space import served
+from xcllama.publishing.running_space import served
 
 ROOT = Path(__file__).resolve().parent.parent
 SEED = 0

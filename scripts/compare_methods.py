@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 
 from dataset_builders.provenance import write_result
-from lm_eval_tasks.comparison import Models, compare
-from lm_eval_tasks.plots import draw
-from lm_eval_tasks.tables import load_runs, markdown, summarize
+from xcllama.evaluation.comparison import Models, compare
+from xcllama.evaluation.plots import draw
+from xcllama.evaluation.tables import load_runs, markdown, summarize
 
 
 def main() -> int:

@@ -19,7 +19,7 @@ from load_model import load_model
 from context_store import ContextStore
 from context_store.answering import FirstToken, ask
 from dataset_builders.provenance import write_result
-from lm_eval_tasks.metrics import normalize_answer
+from xcllama.evaluation.metrics import normalize_answer
 
 ROOT = Path(__file__).resolve().parent.parent
 MAX_NEW_TOKENS = 24

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from dataset_builders.provenance import write_result
 from modeling_xcllama.checkpoints import find_model
-from training.copy_heads import copy_scores, copying_layers
+from xcllama.training.copy_heads import copy_scores, copying_layers
 
 
 def main() -> None:

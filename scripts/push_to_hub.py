@@ -15,7 +15,7 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-from model_cards.publishing import NAMES, Release, publish
+from xcllama.publishing.publishing import NAMES, Release, publish
 
 
 def parse_arguments() -> argparse.Namespace:

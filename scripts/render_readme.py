@@ -13,9 +13,9 @@ from pathlib import Path
 
 from transformers import BertConfig
 
-from model_cards.costs import cache_bytes, key_value_bytes
-from model_cards.model_card import read_result, readme, scored_runs
 from modeling_xcllama import XCLlamaConfig
+from xcllama.publishing.costs import cache_bytes, key_value_bytes
+from xcllama.publishing.model_card import read_result, readme, scored_runs
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"

@@ -14,16 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from dataset_builders.provenance import write_result
-from lm_eval_tasks.comparison import Models, compare
-from lm_eval_tasks.tables import interval, load_runs
-from training.checkpoints import checkpoints
-from training.export import export_model, training_figures
-from training.recipe import Recipe, load_recipe, recipe_from_dict
-from training.run import load_run, run_recipe
+from xcllama.evaluation.comparison import Models, compare
+from xcllama.evaluation.tables import interval, load_runs
+from xcllama.training.checkpoints import checkpoints
+from xcllama.training.export import export_model, training_figures
+from xcllama.training.recipe import Recipe, load_recipe, recipe_from_dict
+from xcllama.training.run import load_run, run_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 TASK = "xc_squad_sample"
-RECIPE = ROOT / "training/recipes/ablation.yaml"
+RECIPE = ROOT / "xcllama/training/recipes/ablation.yaml"
 # row -> what differs from the recipe
 ROWS: dict[str, dict[str, Any]] = {
     "as it is": {},

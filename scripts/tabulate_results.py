@@ -1,6 +1,6 @@
 """Tables from evaluations: python scripts/tabulate_results.py FOLDER... [--markdown FILE] [--results FILE]
 
-Give the --output_path folders of `python -m lm_eval_tasks ... --log_samples`; prints Markdown.
+Give the --output_path folders of `python -m xcllama.evaluation ... --log_samples`; prints Markdown.
 """
 
 import argparse
@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from dataset_builders.provenance import write_result
-from lm_eval_tasks.tables import load_runs, markdown, summarize
+from xcllama.evaluation.tables import load_runs, markdown, summarize
 
 
 def main() -> int:

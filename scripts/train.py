@@ -1,4 +1,4 @@
-"""Train a recipe: python scripts/train.py --recipe training/recipes/xc-smollm2-135m.yaml [--resume] [--dry-run]
+"""Train a recipe: python scripts/train.py --recipe xcllama/training/recipes/NAME.yaml [--resume] [--dry-run]
 
 On several GPUs or processes: accelerate launch --num_processes 8 scripts/train.py --recipe FILE (DDP, or FSDP as
 accelerate is told).
@@ -12,13 +12,13 @@ import sys
 from pathlib import Path
 
 from dataset_builders.provenance import write_result
-from training.recipe import load_recipe
+from xcllama.training.recipe import load_recipe
 
 
 def main() -> int:
     """Parse the command line and run it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", required=True, help="a YAML file, see training/recipes/")
+    parser.add_argument("--recipe", required=True, help="a YAML file, see xcllama/training/recipes/")
     parser.add_argument("--run-folder", type=Path, help="where checkpoints and the log go (default: runs/NAME)")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the run folder")
     parser.add_argument("--dry-run", action="store_true", help="print parameters, memory and steps, train nothing")
@@ -33,7 +33,7 @@ def main() -> int:
     try:
         recipe = load_recipe(arguments.recipe)
         if arguments.dry_run:
-            from training.dry_run import plan
+            from xcllama.training.dry_run import plan
 
             print(json.dumps(plan(recipe), indent=2))
             return 0
@@ -44,8 +44,8 @@ def main() -> int:
 
 
 def _train(recipe, arguments: argparse.Namespace) -> int:
-    from training.loop import DivergedError
-    from training.run import load_run, run_recipe
+    from xcllama.training.loop import DivergedError
+    from xcllama.training.run import load_run, run_recipe
 
     folder = arguments.run_folder or Path("runs") / recipe.name
     try:
@@ -54,8 +54,8 @@ def _train(recipe, arguments: argparse.Namespace) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 3
     if int(os.environ.get("RANK", "0")) == 0:
-        from model_cards.model_card import readme
-        from training.export import export_model, training_figures
+        from xcllama.publishing.model_card import readme
+        from xcllama.training.export import export_model, training_figures
 
         if arguments.export:
             export_model(recipe, model, folder, arguments.export)

@@ -9,8 +9,8 @@ from lm_eval.models.huggingface import HFLM
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lm_eval_tasks.model import XCLlamaLM
 from modeling_xcllama import XCLlamaForCausalLM
+from xcllama.evaluation.model import XCLlamaLM
 
 CONTEXTS = ["Ann lives in Oslo.", "Bob has two red cars and a boat.", "The tower is 300 m high. It is old."]
 QUESTIONS = ["Where?", "Who has what?", "Where?", "How high is it?"]

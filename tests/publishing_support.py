@@ -18,9 +18,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import hub
 
-from model_cards.uploading import Target, compare, upload
 from modeling_xcllama import XCLlamaForCausalLM
 from modeling_xcllama.context_encoding import weights_digest
+from xcllama.publishing.uploading import Target, compare, upload
 
 TESTS = Path(__file__).resolve().parent
 CHECKPOINT = TESTS.parent / "checkpoints" / "xc-smollm2-135m"

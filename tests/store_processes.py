@@ -7,7 +7,6 @@ import json
 import os
 import random
 import resource
-import runpy
 import signal
 import sys
 import time
@@ -15,11 +14,11 @@ import traceback
 from pathlib import Path
 
 import torch
+from store_support import ByteProcessor, TableModel, row_states
 
 from context_store import ContextStore, MissingDocumentError
 
-SUPPORT = runpy.run_path(str(Path(__file__).with_name("store_support.py")))
-MODEL, PROCESSOR, row_states = SUPPORT["TableModel"](), SUPPORT["ByteProcessor"](), SUPPORT["row_states"]
+MODEL, PROCESSOR = TableModel(), ByteProcessor()
 
 
 def random_text(generator: random.Random) -> str:

@@ -3,32 +3,36 @@
 import ast
 import importlib.util
 import re
+import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+# what a wheel installs, and nothing else
+ROOTS = {"modeling_xcllama", "xcllama_kernels", "dataset_builders", "context_store", "xcllama"}
 PACKAGES = {
     "modeling_xcllama": ROOT / "modeling_xcllama",
     "xcllama_kernels": ROOT / "kernels" / "torch-ext" / "xcllama_kernels",
-    "context_store": ROOT / "context_store",
     "dataset_builders": ROOT / "dataset_builders",
-    "training": ROOT / "training",
-    "lm_eval_tasks": ROOT / "lm_eval_tasks",
-    "model_cards": ROOT / "model_cards",
+    "context_store": ROOT / "context_store",
+    "xcllama.training": ROOT / "xcllama" / "training",
+    "xcllama.evaluation": ROOT / "xcllama" / "evaluation",
+    "xcllama.publishing": ROOT / "xcllama" / "publishing",
     "space": ROOT / "space",
 }
 # which of our packages a package may import
 ALLOWED = {
     "modeling_xcllama": {"xcllama_kernels"},
     "xcllama_kernels": set(),
-    "context_store": {"modeling_xcllama"},
     "dataset_builders": set(),
-    "training": {"modeling_xcllama", "dataset_builders"},
-    "lm_eval_tasks": {"modeling_xcllama", "dataset_builders"},
-    "model_cards": {"modeling_xcllama", "dataset_builders", "context_store"},
+    "context_store": {"modeling_xcllama"},
+    "xcllama.training": {"modeling_xcllama", "dataset_builders", "context_store"},
+    "xcllama.evaluation": {"modeling_xcllama", "dataset_builders", "context_store"},
+    "xcllama.publishing": {"modeling_xcllama", "dataset_builders", "context_store"},
     "space": set(),
 }
 # what remote code and data builders may need from outside
@@ -44,20 +48,44 @@ def sources(folder: Path) -> list[Path]:
 
 
 def imported(path: Path) -> set[str]:
-    """Top-level names of the absolute imports of a file, wherever they stand in it."""
+    """Packages of the absolute imports of a file, wherever they stand in it: of `xcllama` its sub-packages."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            names.add(node.module.split(".")[0])
-    return names
+            names |= (
+                {f"{node.module}.{alias.name}" for alias in node.names} if node.module == "xcllama" else {node.module}
+            )
+    return {".".join(name.split(".")[: 2 if name.startswith("xcllama.") else 1]) for name in names}
 
 
 def test_every_package_is_checked():
     assert sources(PACKAGES["modeling_xcllama"])
     assert sources(PACKAGES["xcllama_kernels"])
     assert ALLOWED.keys() == PACKAGES.keys()
+    inside = {f"xcllama.{path.parent.name}" for path in (ROOT / "xcllama").glob("*/__init__.py")}
+    assert inside == {name for name in PACKAGES if name.startswith("xcllama.")}
+
+
+def test_a_wheel_installs_the_roots_and_nothing_else(tmp_path):
+    options = ["--no-deps", "--no-build-isolation", "--no-index", "-q", "-w", str(tmp_path / "wheel")]
+    ignored = shutil.ignore_patterns(
+        ".*", "__pycache__", "*.egg-info", "build", "runs", "results", "checkpoints", "tests"
+    )
+    # from a copy: a build leaves files in the folder that it builds from
+    shutil.copytree(ROOT, tmp_path / "source", ignore=ignored)
+    subprocess.run([sys.executable, "-m", "pip", "wheel", *options, str(tmp_path / "source")], check=True)
+    (wheel,) = (tmp_path / "wheel").iterdir()
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == ROOTS
+    for folder in ("xcllama/templates", "xcllama/training/recipes", "xcllama/evaluation/tasks"):
+        shipped = {Path(name).name for name in names if name.startswith(f"{folder}/")}
+        source = ROOT / "model_cards" if folder == "xcllama/templates" else ROOT / folder
+        assert shipped == {path.name for path in source.iterdir() if path.is_file()}
+    for name, folder in PACKAGES.items():
+        if name != "space":
+            assert {f"{name.replace('.', '/')}/{path.relative_to(folder)}" for path in sources(folder)} <= set(names)
 
 
 @pytest.mark.parametrize("package", PACKAGES)

@@ -2,25 +2,24 @@
 
 import json
 import os
-import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from publishing_support import hub_on_loopback
 
-from model_cards.publishing import Release, publish
+from xcllama.publishing.publishing import Release, publish
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 FIXTURES = REPOSITORY / "tests" / "fixtures"
-SUPPORT = runpy.run_path(str(Path(__file__).with_name("publishing_support.py")))
 
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
     """Environment of a process that talks to a fresh Hub on loopback, as this process does."""
     root = tmp_path_factory.mktemp("hub")
-    with SUPPORT["hub_on_loopback"](root) as server:
+    with hub_on_loopback(root) as server:
         yield os.environ | {
             "HF_ENDPOINT": server.url,
             "HF_HOME": str(root / "home"),

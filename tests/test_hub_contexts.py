@@ -2,29 +2,25 @@
 
 import json
 import resource
-import runpy
 from pathlib import Path
 
 import pytest
 import torch
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from publishing_support import model_target, push, quiet, server, strange_numbers, tree
+from store_support import ByteProcessor, TableModel, row_states
 
 from context_store import ContextStore
 from context_store.manifest import Folder, Manifest
 from context_store.snapshot import pull, write_card
-from model_cards.assembling import write_index
-from model_cards.rendering import check_card
 from modeling_xcllama import XCLlamaForCausalLM
 from modeling_xcllama.context_repository import load_contexts
+from xcllama.publishing.assembling import write_index
+from xcllama.publishing.rendering import check_card
 
 TESTS = Path(__file__).resolve().parent
-SUPPORT = runpy.run_path(str(TESTS / "publishing_support.py"))
-server, quiet, model_target, push, tree = (
-    SUPPORT[name] for name in ("server", "quiet", "model_target", "push", "tree")
-)
 pytestmark = pytest.mark.usefixtures("quiet")
-STORE = runpy.run_path(str(TESTS / "store_support.py"))
 TEXTS = {f"document {number}": f"lighthouse number {number} " * (20 + number) for number in range(30)}
 
 
@@ -32,7 +28,7 @@ TEXTS = {f"document {number}": f"lighthouse number {number} " * (20 + number) fo
 def corpus(tmp_path_factory) -> Path:
     """A snapshot of several shards, with the index that `load_contexts` reads."""
     folder = tmp_path_factory.mktemp("corpus")
-    with ContextStore(folder / "s", STORE["TableModel"](), STORE["ByteProcessor"](), shard_bytes=80_000) as store:
+    with ContextStore(folder / "s", TableModel(), ByteProcessor(), shard_bytes=80_000) as store:
         store.add(TEXTS.keys(), TEXTS.values())
         manifest = store.snapshot(folder / "snapshot")
     write_index(folder / "snapshot", manifest)
@@ -47,7 +43,7 @@ def test_the_card_says_what_the_manifest_says(corpus):
     assert check_card(card, "card")["license"] == "cc-by-4.0"
     data = [json.loads((corpus / "manifest.json").read_text()), manifest.nbytes, manifest.nbytes / manifest.tokens]
     template = TESTS.parent / "model_cards" / "context_card.md.jinja"
-    assert SUPPORT["strange_numbers"](card, [*data, len(manifest.shards), 4.0], template) == set()
+    assert strange_numbers(card, [*data, len(manifest.shards), 4.0], template) == set()
 
 
 def push_corpus(corpus: Path, name: str, **fields) -> str:
@@ -75,11 +71,11 @@ def cut_download(part: str):
 def assert_whole(repo_id: str, corpus: Path) -> None:
     """The corpus loads, and is what was published."""
     cache, ids = load_contexts(repo_id), json.loads((corpus / "contexts.json").read_text())["files"]
-    model = STORE["TableModel"]()
+    model = TableModel()
     names = [name for file in ids for name in file["ids"]]
     assert sorted(names) == sorted(TEXTS)
     for row, name in enumerate(names):
-        assert torch.equal(STORE["row_states"](cache, row), model.states(TEXTS[name]))
+        assert torch.equal(row_states(cache, row), model.states(TEXTS[name]))
 
 
 def test_a_download_cut_off_is_never_loaded(server, corpus, monkeypatch):
@@ -186,7 +182,7 @@ def test_an_index_is_not_trusted(server, corpus, tmp_path, change):
 
 
 def test_a_store_pushes_to_the_hub_is_served_from_it_and_pulled(server, tmp_path):
-    model, processor = STORE["TableModel"](), STORE["ByteProcessor"]()
+    model, processor = TableModel(), ByteProcessor()
     api, url = HfApi(), "hf://datasets/tester/pushed"
     api.create_repo("tester/pushed", repo_type="dataset")
     with ContextStore(tmp_path / "s", model, processor, shard_bytes=80_000) as store:
@@ -194,7 +190,7 @@ def test_a_store_pushes_to_the_hub_is_served_from_it_and_pulled(server, tmp_path
         store.snapshot(url)
     with ContextStore.open(url, model, processor, cache_folder=tmp_path / "ranges") as store:
         cache = store.get(["document 7"])
-        assert torch.equal(STORE["row_states"](cache, 0), model.states(TEXTS["document 7"]))
+        assert torch.equal(row_states(cache, 0), model.states(TEXTS["document 7"]))
         nbytes = sum(size for name, size in tree("tester/pushed", repo_type="dataset").items() if "shards/" in name)
         # by range, not whole shards
         assert 0 < store.metrics.total.bytes_fetched < nbytes / 3

@@ -1,23 +1,19 @@
 """Publishing with something in the way: a clear line, the old revision whole, nothing sent in vain."""
 
 import json
-import runpy
 import shutil
 from pathlib import Path
 
 import pytest
 from huggingface_hub import HfApi
+from publishing_support import make_checkpoint, model_target, push, quiet, server, tree
 from transformers.utils.hub import hf_api
 
-from model_cards import assembling
-from model_cards.publishing import Release, publish
-from model_cards.uploading import check_rights, compare, upload
+from xcllama.publishing import assembling
+from xcllama.publishing.publishing import Release, publish
+from xcllama.publishing.uploading import check_rights, compare, upload
 
 TESTS = Path(__file__).resolve().parent
-SUPPORT = runpy.run_path(str(TESTS / "publishing_support.py"))
-server, quiet, model_target, push, tree = (
-    SUPPORT[name] for name in ("server", "quiet", "model_target", "push", "tree")
-)
 pytestmark = pytest.mark.usefixtures("quiet")
 
 
@@ -218,7 +214,7 @@ def test_a_dry_run_without_a_token_asks_nobody(server, tmp_path, monkeypatch, ca
     monkeypatch.setenv("XCLLAMA_CACHE", str(tmp_path / "cache"))
     asked, space = [], make_space(tmp_path)
     server.store.faults.append(lambda handler: asked.append(handler.path))
-    checkpoint = SUPPORT["make_checkpoint"](tmp_path / "cache", tmp_path / "tiny")
+    checkpoint = make_checkpoint(tmp_path / "cache", tmp_path / "tiny")
     release = Release("space", "someone", "v1", space=space, checkpoint=checkpoint)
     with monkeypatch.context() as unchecked:
         unchecked.setattr(assembling, "check_space", lambda *values: None)
@@ -234,7 +230,7 @@ def test_a_dry_run_without_a_token_asks_nobody(server, tmp_path, monkeypatch, ca
 
 def test_a_space_that_cannot_run_is_not_published(tmp_path, monkeypatch):
     monkeypatch.setenv("XCLLAMA_CACHE", str(tmp_path / "cache"))
-    space, checkpoint = make_space(tmp_path), SUPPORT["make_checkpoint"](tmp_path / "cache", tmp_path / "tiny")
+    space, checkpoint = make_space(tmp_path), make_checkpoint(tmp_path / "cache", tmp_path / "tiny")
     release = Release("space", "tester", "v1", space=space, checkpoint=checkpoint)
     (space / "app.py").write_text("raise SystemExit('no model here')\n")
     with pytest.raises(ValueError, match="the Space does not start: no model here"):
@@ -258,7 +254,7 @@ def test_a_space_that_cannot_run_is_not_published(tmp_path, monkeypatch):
 )
 def test_nothing_is_sent_when_a_model_cannot_be_made(server, tmp_path, monkeypatch, capsys, breakage, message):
     monkeypatch.setenv("XCLLAMA_CACHE", str(tmp_path / "cache"))
-    checkpoint = SUPPORT["make_checkpoint"](tmp_path / "cache", tmp_path / "tiny")
+    checkpoint = make_checkpoint(tmp_path / "cache", tmp_path / "tiny")
     if breakage == "weights":
         (checkpoint / "cross_attention.safetensors").unlink()
     elif breakage == "base":

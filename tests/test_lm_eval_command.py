@@ -2,7 +2,6 @@
 
 import json
 import os
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -10,18 +9,24 @@ from pathlib import Path
 import pytest
 import yaml
 from datasets import Dataset
+from evaluation_support import (
+    FIXTURES,
+    TEMPLATE,
+    checkpoint,
+    metadata,
+    model_arguments,
+    results,
+    samples,
+    word_tokenizer,
+)
 
 from dataset_builders import FEATURES, SOURCES, make_row, read_source
 from dataset_builders.wheels import cache_folder
-from lm_eval_tasks import command, documents
-from lm_eval_tasks.documents import load_documents
-from lm_eval_tasks.task import ContextTask
 from modeling_xcllama import XCLlamaProcessor
+from xcllama.evaluation import command, documents
+from xcllama.evaluation.documents import load_documents
+from xcllama.evaluation.task import ContextTask
 
-SUPPORT = runpy.run_path(str(Path(__file__).with_name("evaluation_support.py")))
-FIXTURES, TEMPLATE, word_tokenizer = SUPPORT["FIXTURES"], SUPPORT["TEMPLATE"], SUPPORT["word_tokenizer"]
-checkpoint, metadata, model_arguments = SUPPORT["checkpoint"], SUPPORT["metadata"], SUPPORT["model_arguments"]
-results, samples = SUPPORT["results"], SUPPORT["samples"]
 SMOLLM2 = cache_folder() / "models" / "SmolLM2-135M-Instruct"
 MODES = ("cross", "cross_shuffled", "prompt", "prompt_kv", "none")
 
@@ -196,7 +201,7 @@ def test_sampling_depends_on_the_seed_only(run, checkpoint, tmp_path):
 def test_the_module_runs_from_anywhere(tmp_path):
     arguments = ["--model", "xcllama", "--model_args", "pretrained=x,context_mode=wrong", "--tasks", "xc_coqa"]
     done = subprocess.run(
-        [sys.executable, "-m", "lm_eval_tasks", *arguments],
+        [sys.executable, "-m", "xcllama.evaluation", *arguments],
         capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
     assert done.returncode == 2
@@ -295,7 +300,7 @@ def test_smollm2_equals_hflm_with_the_contexts_in_its_prompt(mode):
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
-    from lm_eval_tasks.model import XCLlamaLM
+    from xcllama.evaluation.model import XCLlamaLM
 
     text = "The Kiel Canal joins the North Sea and the Baltic. It was opened in 1895."
     document = {"question": "When was it opened?", "contexts_list": [text]}

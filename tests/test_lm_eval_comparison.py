@@ -2,20 +2,16 @@
 
 import json
 import os
-import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from datasets import Dataset
+from evaluation_support import checkpoint, metadata, model_arguments, results, samples
 
 from dataset_builders import FEATURES, make_row
-from lm_eval_tasks import comparison
-
-SUPPORT = runpy.run_path(str(Path(__file__).with_name("evaluation_support.py")))
-checkpoint, metadata, model_arguments = SUPPORT["checkpoint"], SUPPORT["metadata"], SUPPORT["model_arguments"]
-results, samples = SUPPORT["results"], SUPPORT["samples"]
+from xcllama.evaluation import comparison
 
 
 def launched(processes: int, arguments: list[str]) -> subprocess.CompletedProcess:
@@ -25,7 +21,9 @@ def launched(processes: int, arguments: list[str]) -> subprocess.CompletedProces
         head += ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
         head += ["--main_process_port", "0"]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.run([*head, "-m", "lm_eval_tasks", *arguments], capture_output=True, text=True, env=environment)
+    return subprocess.run(
+        [*head, "-m", "xcllama.evaluation", *arguments], capture_output=True, text=True, env=environment
+    )
 
 
 @pytest.mark.slow

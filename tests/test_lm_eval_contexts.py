@@ -1,20 +1,15 @@
 """Contexts of an evaluation: encoded once, kept on disk in any dtype, shared by processes, shuffled as a control."""
 
-import runpy
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
 import pytest
+from evaluation_models import CONTEXTS, choices, folders, generation, lm, save_base
 
-from lm_eval_tasks.contexts import contexts_of, other_contexts
 from modeling_xcllama import XCLlamaForCausalLM
-
-SUPPORT = runpy.run_path(str(Path(__file__).with_name("evaluation_models.py")))
-CONTEXTS, folders, lm, save_base, generation, choices = (
-    SUPPORT[name] for name in ("CONTEXTS", "folders", "lm", "save_base", "generation", "choices")
-)
+from xcllama.evaluation.contexts import contexts_of, other_contexts
 
 
 def count_encoded(monkeypatch, model) -> list[int]:

@@ -14,8 +14,8 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
-from lm_eval_tasks import tables
-from lm_eval_tasks.fusion_in_decoder import FusionInDecoderLM
+from xcllama.evaluation import tables
+from xcllama.evaluation.fusion_in_decoder import FusionInDecoderLM
 
 CONTEXTS = ["cat sat", "dog ran far", "red boat"]
 WORDS = [
@@ -107,7 +107,7 @@ def test_earlier_turns_stand_in_front_of_the_question(folder):
 
 
 def test_through_the_same_tasks(folder, tmp_path, monkeypatch):
-    from lm_eval_tasks import command
+    from xcllama.evaluation import command
 
     fixtures = Path(__file__).parent / "fixtures"
     data = {"paths": {"squad_v2": str(fixtures / "squad_v2.json")}, "split": "all", "bertscore_model": "none"}

@@ -18,8 +18,8 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from dataset_builders import NO_ANSWER
-from lm_eval_tasks import metrics
-from lm_eval_tasks.semantic_metrics import BertScore, meteor, resource_metrics, wordnet_installed
+from xcllama.evaluation import metrics
+from xcllama.evaluation.semantic_metrics import BertScore, meteor, resource_metrics, wordnet_installed
 
 ASCII = st.text(alphabet=st.characters(min_codepoint=32, max_codepoint=126), max_size=40)
 WORDS = st.lists(st.sampled_from(["the", "cat", "sat", "on", "mat", "x1", "a"]), max_size=8).map(" ".join)

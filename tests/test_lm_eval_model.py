@@ -2,21 +2,15 @@
 
 import math
 import os
-import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from evaluation_models import CONTEXTS, READS, choices, expanded, folders, generation, hflm, lm, plain, requests
 from lm_eval.models.huggingface import HFLM
 from transformers import LlamaForCausalLM
-
-SUPPORT = runpy.run_path(str(Path(__file__).with_name("evaluation_models.py")))
-CONTEXTS, READS, folders, lm, hflm = (SUPPORT[name] for name in ("CONTEXTS", "READS", "folders", "lm", "hflm"))
-requests, plain, expanded, generation, choices = (
-    SUPPORT[name] for name in ("requests", "plain", "expanded", "generation", "choices")
-)
 
 
 def close(ours, theirs) -> None:
@@ -176,7 +170,7 @@ def test_documents_without_contexts_or_question(lm):
 REMOTE = """
 import sys
 from lm_eval.api.instance import Instance
-from lm_eval_tasks.model import XCLlamaLM
+from xcllama.evaluation.model import XCLlamaLM
 lm = XCLlamaLM(sys.argv[1], "cross", device="cpu", dtype="float32", trust_remote_code=True)
 assert type(lm.model).__module__.startswith("transformers_modules"), type(lm.model).__module__
 document = {"question": "Where?", "contexts_list": [sys.argv[2]], "history": []}

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from lm_eval_tasks import tables
-from lm_eval_tasks.plots import draw
+from xcllama.evaluation import tables
+from xcllama.evaluation.plots import draw
 
 F1 = {"cross": [1.0, 0.5, 1.0, 0.0], "cross_shuffled": [0.0, 0.5, 0.0, 0.0]}
 

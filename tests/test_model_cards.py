@@ -2,7 +2,6 @@
 
 import json
 import re
-import runpy
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -11,20 +10,23 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import EvalResultEntry, ModelCard
+from publishing_support import BASE, NUMBER, make_adapter, make_checkpoint, strange_numbers
 from transformers import AutoProcessor, AutoTokenizer, BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 from dataset_builders import SOURCES
 from dataset_builders.card import render_card
-from model_cards.assembling import (
+from modeling_xcllama import XCLlamaConfig, XCLlamaForCausalLM
+from modeling_xcllama.checkpoints import is_added_weights, load_checkpoint
+from xcllama.publishing.assembling import (
     assemble_adapter,
     assemble_kernel,
     assemble_model,
     check_adapter,
     load_source,
 )
-from model_cards.checking import answer, require_equal
-from model_cards.costs import cache_bytes, key_value_bytes, projected_bytes
-from model_cards.model_card import (
+from xcllama.publishing.checking import answer, require_equal
+from xcllama.publishing.costs import cache_bytes, key_value_bytes, projected_bytes
+from xcllama.publishing.model_card import (
     CASES,
     DEFAULT,
     adapter_card,
@@ -36,19 +38,14 @@ from model_cards.model_card import (
     readme,
     token_costs,
 )
-from model_cards.publishing import Release
-from model_cards.rendering import FOLDER, check_card, render
-from modeling_xcllama import XCLlamaConfig, XCLlamaForCausalLM
-from modeling_xcllama.checkpoints import is_added_weights, load_checkpoint
+from xcllama.publishing.publishing import Release
+from xcllama.publishing.rendering import FOLDER, check_card, render
 
 ROOT = Path(__file__).resolve().parent.parent
-SUPPORT = runpy.run_path(str(Path(__file__).with_name("publishing_support.py")))
-strange_numbers = SUPPORT["strange_numbers"]
 RESULTS = ROOT / "results"
 FOLDERS = sorted((ROOT / "checkpoints").iterdir())
 CHECKPOINTS = [folder for folder in FOLDERS if is_added_weights(folder)]
 ADAPTERS = [folder for folder in FOLDERS if is_adapter(folder)]
-NUMBER = SUPPORT["NUMBER"]
 
 
 def card_of(folder: Path, results: Path = RESULTS) -> str:
@@ -233,7 +230,7 @@ def test_cards_of_conversions(base, name, licence, groups):
 
 def test_a_conversion_is_assembled(tmp_path, monkeypatch):
     monkeypatch.setenv("XCLLAMA_CACHE", str(tmp_path / "cache"))
-    added = SUPPORT["make_checkpoint"](tmp_path / "cache", tmp_path / "added", base_model_name_or_path=None)
+    added = make_checkpoint(tmp_path / "cache", tmp_path / "added", base_model_name_or_path=None)
     model, processor = load_checkpoint(added, str(tmp_path / "cache" / "models" / "SmolLM2-135M-Instruct"))
     model.config.base_model_name_or_path = None
     model.save_pretrained(tmp_path / "whole")
@@ -264,7 +261,7 @@ def test_a_model_with_an_encoder_is_assembled(tmp_path, monkeypatch):
     fields = {"context_layer": None, "encoder_name_or_path": name}
     # one of its two layers is kept, and trained
     kept = BertModel.from_pretrained(encoder, num_hidden_layers=1)
-    added = SUPPORT["make_checkpoint"](tmp_path / "cache", tmp_path / "xc-enc", kept, **fields)
+    added = make_checkpoint(tmp_path / "cache", tmp_path / "xc-enc", kept, **fields)
     recipe = yaml.safe_load((added / "recipe.yaml").read_text())
     recipe["model"] |= {"encoder": "all-MiniLM-L6-v2", "encoder_layers": 1, "train_encoder": True}
     (added / "recipe.yaml").write_text(yaml.safe_dump(recipe))
@@ -278,7 +275,7 @@ def test_a_model_with_an_encoder_is_assembled(tmp_path, monkeypatch):
     cache = loaded.encode_context(**processor(contexts=["a b"], return_tensors="pt"))
     require_equal(tmp_path / "repo", answer(loaded, processor, cache, "c"), expected)
     card = (tmp_path / "repo" / "README.md").read_text()
-    assert check_card(card, "card")["base_model"] == [SUPPORT["BASE"], name]
+    assert check_card(card, "card")["base_model"] == [BASE, name]
     line = f"| encoder | {name}, its first 1 layers, trained with the added layers |"
     assert line in card
     assert line in readme(added, RESULTS)
@@ -289,14 +286,14 @@ def test_a_model_with_an_encoder_is_assembled(tmp_path, monkeypatch):
 
 def test_an_adapter_is_assembled_and_answers(tmp_path, monkeypatch):
     monkeypatch.setenv("XCLLAMA_CACHE", str(tmp_path / "cache"))
-    adapter = SUPPORT["make_adapter"](tmp_path / "cache", tmp_path / "lora-prompt")
+    adapter = make_adapter(tmp_path / "cache", tmp_path / "lora-prompt")
     assert Release("model", "org", "v1", checkpoint=adapter).jobs == [("adapter", "org/lora-prompt", adapter)]
     assembled = assemble_adapter(adapter, tmp_path / "repo", "org/lora-prompt", RESULTS)
     check_adapter(tmp_path / "repo", *assembled)
     card = (tmp_path / "repo" / "README.md").read_text()
     header = check_card(card, "card")
     fields = ("library_name", "base_model_relation", "base_model")
-    assert [header[field] for field in fields] == ["peft", "adapter", [SUPPORT["BASE"]]]
+    assert [header[field] for field in fields] == ["peft", "adapter", [BASE]]
     assert f"`{header['base_model_digest']}`" in card
     assert "on q_proj, v_proj" in card
     # its own runs stand in the evaluation of the checkpoint that it is compared with
@@ -379,7 +376,7 @@ def test_a_slot_without_a_value_is_refused():
 
 def test_checkpoints_that_are_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("XCLLAMA_CACHE", str(tmp_path / "cache"))
-    folder = SUPPORT["make_checkpoint"](tmp_path / "cache", tmp_path / "tiny")
+    folder = make_checkpoint(tmp_path / "cache", tmp_path / "tiny")
     assert (
         load_source(folder)[0].base_digest() == json.loads((folder / "config.json").read_text())["base_model_digest"]
     )

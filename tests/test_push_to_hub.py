@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import HfApi
+from publishing_support import TOKEN, hub_on_loopback, make_checkpoint
 
-from model_cards.checking import run_clean
+from xcllama.publishing.checking import run_clean
 
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
-SUPPORT = runpy.run_path(str(TESTS / "publishing_support.py"))
 NAME = "xc-smollm2-135m"
 
 READ_BACK = """
@@ -68,7 +68,7 @@ def test_all_kinds_there_and_back(tmp_path, monkeypatch, capsys):
     """Five private repositories, one commit and one tag each; what is loaded by id and tag is what was published."""
     cache_folder, fixtures = tmp_path / "cache", TESTS / "fixtures"
     monkeypatch.setenv("XCLLAMA_CACHE", str(cache_folder))
-    checkpoint = SUPPORT["make_checkpoint"](cache_folder, tmp_path / NAME)
+    checkpoint = make_checkpoint(cache_folder, tmp_path / NAME)
     build = ["--source", "mix", "--mix-of", "squad_v2", "hotpotqa", "--benchmarks", "repliqa"]
     build += ["--path", f"squad_v2={fixtures / 'squad_v2.json'}", "--path", f"repliqa={fixtures / 'repliqa.jsonl'}"]
     build += ["--path", f"hotpotqa={fixtures / 'hotpotqa_distractor.json'}", "--output", str(tmp_path / "mix")]
@@ -84,11 +84,11 @@ def test_all_kinds_there_and_back(tmp_path, monkeypatch, capsys):
         str(tmp_path / "mix"),
         "--private",
     ]
-    with SUPPORT["hub_on_loopback"](tmp_path) as server:
+    with hub_on_loopback(tmp_path) as server:
         status, out, err = push(monkeypatch, capsys, "all", *arguments, "--output", str(tmp_path / "out"))
         assert status == 0, err
         assert out.count("published http://127.0.0.1") == 5
-        assert SUPPORT["TOKEN"] not in out + err
+        assert TOKEN not in out + err
         api = HfApi()
         kinds = {NAME: "model", "xcllama-kernels": "kernel", "xcllama-mix": "dataset"}
         kinds |= {"xcllama-passages": "dataset", "xcllama-demo": "space"}
@@ -115,7 +115,7 @@ def test_all_kinds_there_and_back(tmp_path, monkeypatch, capsys):
         api.create_branch(**where, branch="moved")
         api.upload_file(path_or_fileobj=bytes(content), path_in_repo=shard, revision="moved", **where)
         environment = {"HF_ENDPOINT": server.url, "HF_HUB_OFFLINE": "0", "HF_DATASETS_OFFLINE": "0"}
-        environment |= {"HF_TOKEN": SUPPORT["TOKEN"], "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+        environment |= {"HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
         found = run_clean(READ_BACK, TRITON_INTERPRET="1", **environment)
     check_read_back(found, checkpoint, tmp_path)
 

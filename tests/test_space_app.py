@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from modeling_xcllama import XCLlamaProcessor
 
 gradio_client = pytest.importorskip("gradio_client", reason="the extra `space` is not installed")
-from model_cards.running_space import served_clean  # noqa: E402
+from xcllama.publishing.running_space import served_clean  # noqa: E402
 
 SPACE = Path(__file__).resolve().parent.parent / "space"
 

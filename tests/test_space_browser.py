@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from model_cards.running_space import served
+from xcllama.publishing.running_space import served
 
 pytestmark = pytest.mark.browser
 playwright = pytest.importorskip("playwright.sync_api", reason="the extra `browser` is not installed")

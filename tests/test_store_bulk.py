@@ -1,7 +1,6 @@
 """Bulk encoding: one process, several, a Ray cluster that loses a node; the same states from all of them."""
 
 import os
-import runpy
 import subprocess
 import sys
 import threading
@@ -13,14 +12,13 @@ import pyarrow.parquet
 import pytest
 import torch
 from huggingface_hub import HfApi
+from publishing_support import server
+from store_support import ByteProcessor, TableModel, load_slow, row_states
 
 from context_store import ContextStore
 from context_store.bulk import Settings, encode_task, finish, input_files, load_plan, make_plan, run_on_ray
 from context_store.documents import read_parquet
 
-SUPPORT = runpy.run_path(str(Path(__file__).with_name("store_support.py")))
-TableModel, ByteProcessor, row_states = (SUPPORT[name] for name in ("TableModel", "ByteProcessor", "row_states"))
-server = runpy.run_path(str(Path(__file__).with_name("publishing_support.py")))["server"]
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = [{"id": f"d{i}", "text": f"document {i} on the lighthouse " * (i % 7), "page": i} for i in range(120)]
 
@@ -190,7 +188,7 @@ def test_a_ray_cluster_that_loses_a_node(cluster, corpus, tmp_path):
 
     killer = threading.Thread(target=kill, daemon=True)
     killer.start()
-    fingerprint = run_on_ray(tasks, SUPPORT["load_slow"], settings, concurrency=2)
+    fingerprint = run_on_ray(tasks, load_slow, settings, concurrency=2)
     killer.join(60)
     # the node went while there was work left
     assert killed

@@ -1,7 +1,6 @@
 """ContextStore on one machine: adding, reading, searching, pinning, evicting, namespaces."""
 
 import json
-import runpy
 from pathlib import Path
 
 import pytest
@@ -10,15 +9,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 from safetensors import safe_open
+from store_support import ByteProcessor, TableModel, assert_states, model, row_states, store
 
 from context_store import ContextStore, MissingDocumentError
 from context_store.locations import Location, Locations
 from context_store.searching import match_expression
-
-SUPPORT = runpy.run_path(str(Path(__file__).with_name("store_support.py")))
-TableModel, ByteProcessor, row_states, assert_states, model, store = (
-    SUPPORT[name] for name in ("TableModel", "ByteProcessor", "row_states", "assert_states", "model", "store")
-)
 
 
 def test_documents_come_back_in_any_order_and_combination(store, model):

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import runpy
 import shutil
 import subprocess
 import sys
@@ -14,13 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from store_support import ByteProcessor, TableModel, row_states
 
 from context_store import ContextStore, DamagedDocumentError, MissingDocumentError
 
 CALLS = "openat,write,writev,pwrite64,ftruncate,fallocate,fsync,fdatasync,rename,renameat,renameat2"
 SCRIPT = Path(__file__).with_name("store_processes.py")
-SUPPORT = runpy.run_path(str(Path(__file__).with_name("store_support.py")))
-TableModel, ByteProcessor, row_states = (SUPPORT[name] for name in ("TableModel", "ByteProcessor", "row_states"))
 
 
 @pytest.fixture(scope="module")

@@ -1,17 +1,12 @@
 """A bounded store: eviction, pins, time to live, handles, and shards that are rewritten."""
 
-import runpy
 import time
 from pathlib import Path
 
 import pytest
+from store_support import ByteProcessor, TableModel, assert_states, model, row_states, store
 
 from context_store import ContextStore, MissingDocumentError
-
-SUPPORT = runpy.run_path(str(Path(__file__).with_name("store_support.py")))
-TableModel, ByteProcessor, row_states, assert_states, model, store = (
-    SUPPORT[name] for name in ("TableModel", "ByteProcessor", "row_states", "assert_states", "model", "store")
-)
 
 
 def shard_bytes_on_disk(store) -> int:

@@ -2,20 +2,18 @@
 
 import json
 import os
-import runpy
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from store_support import ByteProcessor, TableModel, row_states
 
 from context_store import ContextStore, DamagedDocumentError
 from context_store.manifest import Folder
 from context_store.snapshot import pull
 from context_store.snapshot_store import merge_spans
 
-SUPPORT = runpy.run_path(str(Path(__file__).with_name("store_support.py")))
-TableModel, ByteProcessor, row_states = (SUPPORT[name] for name in ("TableModel", "ByteProcessor", "row_states"))
 DOCUMENTS = {f"döc {i}": f"document number {i} about lighthouses " * (1 + i % 4) for i in range(40)}
 
 

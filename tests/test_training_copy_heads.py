@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from training.copy_heads import copy_scores, copying_layers
+from xcllama.training.copy_heads import copy_scores, copying_layers
 
 
 def test_scores_are_shares_of_attention(tiny_base):

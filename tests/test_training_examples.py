@@ -6,12 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from training.answer_spans import answer_places
-from training.examples import BUCKET_STEPS, ExamplePlan
-from training.label_free import LABEL_FREE, cloze, completion, infilling, phrases, sentences
-from training.passages import Passage, Question
-from training.recipe import recipe_from_dict
-from training.renaming import rename, with_renamed
+from xcllama.training.answer_spans import answer_places
+from xcllama.training.examples import BUCKET_STEPS, ExamplePlan
+from xcllama.training.label_free import LABEL_FREE, cloze, completion, infilling, phrases, sentences
+from xcllama.training.passages import Passage, Question
+from xcllama.training.recipe import recipe_from_dict
+from xcllama.training.renaming import rename, with_renamed
 
 PASSAGE = (
     "Ada Lovelace was born in London on 10 December 1815. She met Charles Babbage at a party in June 1833. "

@@ -1,29 +1,23 @@
 """Losses and gradients against plain ones, for every method and layout; states and starts."""
 
-import runpy
 from pathlib import Path
 
 import pytest
 import torch
 from torch.nn import functional
+from training_support import base_folder, batch_and_objective, equal, make_recipe, rows_file, tiny_tokenizer
 from transformers import BertConfig, BertModel, LlamaForCausalLM
 
 from modeling_xcllama import XCLlamaForCausalLM
-from training.build import build_model, load_processor
-from training.examples import ExamplePlan
-from training.least_squares import fit_key_value
-from training.objectives import Objective
-from training.passages import read_passages
-from training.prompts import Prompts
-from training.recipe import recipe_from_dict
-from training.run import make_collator, reads_stored_states, run_recipe
-from training.stored_states import StoredStates, store_states
-
-SUPPORT = runpy.run_path(str(Path(__file__).with_name("training_support.py")))
-base_folder, rows_file, make_recipe, tiny_tokenizer, batch_and_objective, equal = (
-    SUPPORT[name]
-    for name in ("base_folder", "rows_file", "make_recipe", "tiny_tokenizer", "batch_and_objective", "equal")
-)
+from xcllama.training.build import build_model, load_processor
+from xcllama.training.examples import ExamplePlan
+from xcllama.training.least_squares import fit_key_value
+from xcllama.training.objectives import Objective
+from xcllama.training.passages import read_passages
+from xcllama.training.prompts import Prompts
+from xcllama.training.recipe import recipe_from_dict
+from xcllama.training.run import make_collator, reads_stored_states, run_recipe
+from xcllama.training.stored_states import StoredStates, store_states
 
 
 @pytest.mark.parametrize("rope", [False, True], ids=["", "rope"])

@@ -7,11 +7,11 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from training.dry_run import plan
-from training.loop import learning_rate_factor
-from training.recipe import OptimizationSection, load_recipe, recipe_from_dict
+from xcllama.training.dry_run import plan
+from xcllama.training.loop import learning_rate_factor
+from xcllama.training.recipe import OptimizationSection, load_recipe, recipe_from_dict
 
-RECIPES = sorted((Path(__file__).parent.parent / "training" / "recipes").glob("*.yaml"))
+RECIPES = sorted((Path(__file__).parent.parent / "xcllama" / "training" / "recipes").glob("*.yaml"))
 
 
 def values(**changes) -> dict:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import runpy
 import shutil
 import signal
 import socket
@@ -15,27 +14,24 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from training_support import base_folder, batch_and_objective, equal, make_recipe, rows_file, weights_of
 from transformers import LlamaForCausalLM
 
 from dataset_builders.provenance import write_result
-from model_cards.model_card import readme
 from modeling_xcllama.checkpoints import load_checkpoint as load_checkpoint_folder
 from modeling_xcllama.context_encoding import weights_digest
-from training.build import build_model
-from training.checkpoints import checkpoints, load_checkpoint
-from training.examples import ExamplePlan
-from training.export import export_model, training_figures
-from training.loop import DivergedError, Setup, make_accelerator, read_log, train
-from training.objectives import Objective
-from training.passages import read_passages
-from training.recipe import Recipe, recipe_from_dict
-from training.run import batches_of, load_run, make_collator, run_recipe
-from training.stored_states import encode_in_memory
+from xcllama.publishing.model_card import readme
+from xcllama.training.build import build_model
+from xcllama.training.checkpoints import checkpoints, load_checkpoint
+from xcllama.training.examples import ExamplePlan
+from xcllama.training.export import export_model, training_figures
+from xcllama.training.loop import DivergedError, Setup, make_accelerator, read_log, train
+from xcllama.training.objectives import Objective
+from xcllama.training.passages import read_passages
+from xcllama.training.recipe import Recipe, recipe_from_dict
+from xcllama.training.run import batches_of, load_run, make_collator, run_recipe
+from xcllama.training.stored_states import encode_in_memory
 
-SUPPORT = runpy.run_path(str(Path(__file__).with_name("training_support.py")))
-base_folder, rows_file, make_recipe, batch_and_objective, weights_of, equal = (
-    SUPPORT[name] for name in ("base_folder", "rows_file", "make_recipe", "batch_and_objective", "weights_of", "equal")
-)
 SCRIPT = Path(__file__).parent.parent / "scripts" / "train.py"
 
 
@@ -48,7 +44,7 @@ def test_training_lowers_the_loss_and_resume_repeats_it(make_recipe, tmp_path, m
         name for name in weights_of(tmp_path / "whole") if "cross_attention" not in name and "context" not in name
     ]
     assert min(losses) < losses[0]
-    import training.loop as loop
+    import xcllama.training.loop as loop
 
     update, calls = loop._update, []
 
@@ -327,7 +323,7 @@ def test_an_exported_adapter_names_its_base(make_recipe, base_folder, tmp_path):
 
 @pytest.mark.slow
 def test_the_smoke_recipe_runs_through(smollm2_folder, tmp_path):
-    recipe = SCRIPT.parent.parent / "training" / "recipes" / "smoke.yaml"
+    recipe = SCRIPT.parent.parent / "xcllama" / "training" / "recipes" / "smoke.yaml"
     command = [sys.executable, str(SCRIPT), "--recipe", str(recipe), "--run-folder", str(tmp_path / "run")]
     command += ["--export", str(tmp_path / "out")]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)

@@ -1,20 +1,17 @@
 """A model of another layout starts from trained blocks: exactly where that is possible, closely where it is not."""
 
-import runpy
 from pathlib import Path
 
 import pytest
 import torch
+from training_support import base_folder, make_recipe, rows_file
 
-from training.build import build_model, load_processor
-from training.following import follow
-from training.passages import read_passages
-from training.recipe import Recipe
-from training.run import run_recipe
-from training.transfer import transfer
-
-SUPPORT = runpy.run_path(str(Path(__file__).with_name("training_support.py")))
-base_folder, rows_file, make_recipe = (SUPPORT[name] for name in ("base_folder", "rows_file", "make_recipe"))
+from xcllama.training.build import build_model, load_processor
+from xcllama.training.following import follow
+from xcllama.training.passages import read_passages
+from xcllama.training.recipe import Recipe
+from xcllama.training.run import run_recipe
+from xcllama.training.transfer import transfer
 
 BLOCKS = {"context_layer": 2, "cross_attention_layers": [1, 2]}
 

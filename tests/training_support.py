@@ -9,15 +9,15 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from training.build import build_model, load_processor
-from training.checkpoints import checkpoints
-from training.examples import ExamplePlan
-from training.objectives import Objective
-from training.passages import read_passages
-from training.prompts import Prompts
-from training.recipe import Recipe, recipe_from_dict
-from training.run import make_collator
-from training.stored_states import encode_in_memory
+from xcllama.training.build import build_model, load_processor
+from xcllama.training.checkpoints import checkpoints
+from xcllama.training.examples import ExamplePlan
+from xcllama.training.objectives import Objective
+from xcllama.training.passages import read_passages
+from xcllama.training.prompts import Prompts
+from xcllama.training.recipe import Recipe, recipe_from_dict
+from xcllama.training.run import make_collator
+from xcllama.training.stored_states import encode_in_memory
 
 NAMES = ["Ada", "Ben", "Cleo", "Dan", "Eve", "Finn", "Gus", "Hal", "Ida", "Jo"]
 TEMPLATE = (

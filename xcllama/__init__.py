@@ -1,0 +1,1 @@
+"""Everything beyond loading a model: training, evaluation and publishing."""

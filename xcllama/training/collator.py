@@ -1,0 +1,182 @@
+"""Examples -> tensors: token ids, which tokens are targets, and the context that each row reads."""
+
+import dataclasses
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from xcllama.training.answer_spans import answer_places
+from xcllama.training.examples import Example
+from xcllama.training.prompts import Prompts
+from xcllama.training.stored_states import StoredStates
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch, rows padded on the right.
+
+    Args:
+        keys: of the examples, for messages.
+        input_ids, attention_mask: `[rows, length]`.
+        answer_mask: bool `[rows, length]`, the tokens of the answer and its end.
+        question_mask: bool `[rows, length]`, the tokens of the question itself.
+        context_states: `[num_tokens, width]` states of the passages, back to back; None without stored states.
+        context_ids: int `[num_tokens]`, the token ids of the passages.
+        offsets: first token of each passage and the end of the last.
+        rows: the passages that each row reads.
+        span_positions: int `[num_spans, 2]`, the row and the position that predict an answer token which the row's
+            context holds; None unless asked for.
+        span_mask: bool `[num_spans, longest context]`, where in the row's context that token stands.
+        teacher_ids, teacher_attention_mask, teacher_answer_mask: the same examples with the passages in the prompt.
+    """
+
+    keys: tuple[str, ...]
+    input_ids: Tensor
+    attention_mask: Tensor
+    answer_mask: Tensor
+    question_mask: Tensor
+    context_states: Tensor | None
+    context_ids: Tensor
+    offsets: tuple[int, ...]
+    rows: tuple[tuple[int, ...], ...]
+    span_positions: Tensor | None = None
+    span_mask: Tensor | None = None
+    teacher_ids: Tensor | None = None
+    teacher_attention_mask: Tensor | None = None
+    teacher_answer_mask: Tensor | None = None
+
+    @property
+    def num_targets(self) -> int:
+        """Answer tokens that are predicted."""
+        return int(self.answer_mask[:, 1:].sum())
+
+    def to(self, device: torch.device) -> "Batch":
+        """The batch with its tensors on `device`."""
+        moved = {
+            item.name: getattr(self, item.name).to(device)
+            for item in dataclasses.fields(self)
+            if isinstance(getattr(self, item.name), Tensor)
+        }
+        return dataclasses.replace(self, **moved)
+
+
+class Collator:
+    """Makes batches of examples.
+
+    Args:
+        prompts: how questions and passages become token ids.
+        passages: their texts.
+        context_ids: token ids of each passage, as the encoder reads them.
+        states: stored states, `states[index]` is `[length, width]`; None: the model encodes, or nothing is read.
+        in_prompt: put the passages into the prompt (the LoRA baseline) instead of the context.
+        context_dropout: share of a passage's tokens that no row may read; never the first, which draws idle attention.
+        teacher: add the same examples with the passages in the prompt.
+        spans: say where the answers stand in the contexts.
+    """
+
+    def __init__(
+        self,
+        prompts: Prompts,
+        passages: Sequence[str],
+        context_ids: list[list[int]],
+        states: StoredStates | None = None,
+        in_prompt: bool = False,
+        context_dropout: float = 0.0,
+        teacher: bool = False,
+        spans: bool = False,
+    ):
+        self.prompts, self.passages, self.context_ids, self.states = prompts, passages, context_ids, states
+        self.in_prompt, self.context_dropout = in_prompt, context_dropout
+        self.teacher, self.spans = teacher, spans
+
+    def __call__(self, examples: list[Example]) -> Batch:
+        """The batch of `examples`, in their order; each distinct passage is stored once."""
+        encoded = [self._encode(example, self.in_prompt) for example in examples]
+        ids, attention, answers, questions = self._pad(encoded)
+        teacher = {}
+        if self.teacher:
+            names = ("teacher_ids", "teacher_attention_mask", "teacher_answer_mask")
+            teacher = dict(zip(names, self._pad([self._encode(example, True) for example in examples]), strict=False))
+        used = list(dict.fromkeys(passage for example in examples for passage in example.passages))
+        kept = {passage: self._kept(passage, examples) for passage in used}
+        place = {passage: position for position, passage in enumerate(used)}
+        context_ids = [torch.tensor(self.context_ids[passage])[kept[passage]] for passage in used]
+        states = None
+        if self.states is not None:
+            states = torch.cat([self.states[passage][kept[passage]] for passage in used])
+        spans = {}
+        if self.spans:
+            spans = dict(zip(("span_positions", "span_mask"), self._spans(examples, encoded, kept), strict=True))
+        return Batch(
+            tuple(example.key for example in examples),
+            ids,
+            attention,
+            answers,
+            questions,
+            states,
+            torch.cat(context_ids),
+            tuple(accumulate((len(item) for item in context_ids), initial=0)),
+            tuple(tuple(place[passage] for passage in example.passages) for example in examples),
+            **spans,
+            **teacher,
+        )
+
+    def _encode(self, example: Example, in_prompt: bool) -> tuple[list[int], int, slice]:
+        """(token ids, where the answer starts, where the question stands)."""
+        passages = [self.passages[passage] for passage in example.passages] if in_prompt else None
+        prompt, question = self.prompts.prompt_ids(example.question, example.history, passages)
+        return prompt + self.prompts.answer_ids(example.answer), len(prompt), question
+
+    def _pad(self, encoded: list[tuple[list[int], int, slice]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        length = max(len(ids) for ids, _, _ in encoded)
+        ids = torch.full((len(encoded), length), self.prompts.pad_token_id)
+        masks = torch.zeros(3, len(encoded), length, dtype=torch.bool)
+        for row, (tokens, start, question) in enumerate(encoded):
+            ids[row, : len(tokens)] = torch.tensor(tokens)
+            masks[0, row, : len(tokens)] = True
+            masks[1, row, start : len(tokens)] = True
+            masks[2, row, question] = True
+        return ids, masks[0].long(), masks[1], masks[2]
+
+    def _spans(
+        self, examples: list[Example], encoded: list[tuple[list[int], int, slice]], kept: dict[int, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """`span_positions` and `span_mask` of a batch; an answer that no passage holds has no entry."""
+        offsets = {passage: self.prompts.context_offsets(self.passages[passage]) for passage in kept}
+        positions, masks = [], []
+        for row, (example, (_, start, _)) in enumerate(zip(examples, encoded, strict=True)):
+            answer_offsets = self.prompts.answer_offsets(example.answer)
+            parts = []
+            for passage in example.passages:
+                places = answer_places(example.answer, answer_offsets, self.passages[passage], offsets[passage])
+                mask = torch.zeros(len(places), len(offsets[passage]), dtype=torch.bool)
+                for token, found in enumerate(places):
+                    mask[token, found] = True
+                parts.append(mask[:, kept[passage]])
+            for token, mask in enumerate(torch.cat(parts, 1)):
+                if mask.any():
+                    # the token before the answer's predicts it
+                    positions.append((row, start + token - 1))
+                    masks.append(mask)
+        longest = max(map(len, masks), default=0)
+        padded = [torch.nn.functional.pad(mask, (0, longest - len(mask))) for mask in masks]
+        return (
+            torch.tensor(positions, dtype=torch.long).view(-1, 2),
+            torch.stack(padded) if padded else torch.zeros(0, 0, dtype=torch.bool),
+        )
+
+    def _kept(self, passage: int, examples: list[Example]) -> Tensor:
+        """Indices of the tokens of a passage that may be read: the same for all rows and processes of a step."""
+        length = len(self.context_ids[passage])
+        if not self.context_dropout:
+            return torch.arange(length)
+        key = next(example.key for example in examples if passage in example.passages)
+        bucket = key.rsplit(":", 2)[0]
+        generator = torch.Generator().manual_seed(random.Random(f"{bucket}:{passage}").getrandbits(62))
+        hidden = torch.rand(length, generator=generator) < self.context_dropout
+        hidden[0] = False
+        return (~hidden).nonzero().squeeze(-1)
