@@ -17,7 +17,7 @@ import sys
 # site-packages as a plain folder: the editable install of this repository is not seen
 sys.path.append({packages!r})
 import importlib.util
-for name in ("modeling_xcllama", "training", "dataset_builders", "conftest"):
+for name in ("modeling_xcllama", "xcllama", "dataset_builders", "conftest"):
     assert importlib.util.find_spec(name) is None, name
 import torch
 torch.set_num_threads(1)
