@@ -1,11 +1,17 @@
 """XCLlamaConfig: the Llama config plus the cross-attention fields, with every structural check."""
 
+import re
 from typing import ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig
 from transformers.configuration_utils import SubConfigSpec
 from transformers.models.auto.configuration_auto import AutoConfig
+
+# fields of an encoder's config that say nothing about its states
+DESCRIPTIVE = re.compile(
+    r"^_|name_or_path|architectures|version|dtype|token_id$|label|drop|initializer|cache|checkpoint"
+)
 
 
 @strict
@@ -34,7 +40,7 @@ class XCLlamaConfig(LlamaConfig):
         context_layer: index into `output_hidden_states` of the decoder (or encoder) whose states are cached; None: the
             last, after the final norm.
         context_max_length: most tokens of one context.
-        context_fingerprint: digest of what shapes the cached states; kept up to date by the model.
+        context_fingerprint: of the saved weights, for readers of the file: the model computes its own.
         template_version: version of the processor's context template.
         sliding_window: window of the decoder's self-attention (Mistral), None: full.
         base_model_name_or_path: where the frozen decoder came from.
@@ -116,6 +122,19 @@ class XCLlamaConfig(LlamaConfig):
     def context_layout(self) -> str:
         """Layout of the caches this model makes: "condensed" holds final keys and values, "hidden" the states."""
         return "condensed" if self.cross_attention_share_key_value else "hidden"
+
+    def context_fields(self, layout: str) -> dict[str, object]:
+        """Fields that shape a cached state of `layout` beside the weights, as they are now."""
+        fields = {"context_layer": self.context_layer, "layout": layout, "template_version": self.template_version}
+        if layout == "condensed":
+            fields["cross_attention_norm"] = self.cross_attention_norm
+        if self.encoder_config is not None:
+            values = self.encoder_config.to_diff_dict().items()
+            return fields | {f"encoder_{key}": value for key, value in values if not DESCRIPTIVE.search(key)}
+        # the last layer by its number is the last layer
+        fields["context_layer"] = self.num_hidden_layers if self.context_layer is None else self.context_layer
+        names = ("rope_parameters", "max_position_embeddings", "sliding_window")
+        return fields | {name: getattr(self, name) for name in names}
 
     def validate_cross_attention_layers(self):
         """Rule: distinct, increasing indices of decoder layers, at least one."""

@@ -284,6 +284,7 @@ class ProjectedContext:
         rows: which tokens each row reads (`ContextRows`).
         cache: the cache they came from.
         projections: the model's modules that made them; another model refuses them.
+        weights: sample of their weights at that time; a model that was trained since refuses. None: not compared.
         assistant: what assisted decoding drafts from: the draft model's own context, a `ContextLookup`, or None.
     """
 
@@ -292,6 +293,7 @@ class ProjectedContext:
     rows: object
     cache: ContextCache
     projections: object
+    weights: bytes | None = None
     assistant: object = None
 
     def __len__(self) -> int:

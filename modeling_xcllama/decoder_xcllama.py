@@ -1,5 +1,6 @@
 """XCLlamaModel: the decoder layers with cross-attention blocks between them, and the way from token ids to caches."""
 
+import os
 from itertools import accumulate
 
 import torch
@@ -21,19 +22,21 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_xcllama import XCLlamaConfig
 from .context_cache import ContextCache, ProjectedContext
+from .context_checks import ContextChecksMixin
 from .context_encoding import (
     bare_encoder,
     batches_by_length,
+    check_sources,
     execution_device,
     num_positions,
     pad_right,
     unpad,
-    weights_digest,
     windows,
 )
 from .context_projection import ReadingPlan, by_head, project_hidden, rotate_keys
 from .cross_attention import resolve_implementation
 from .cross_attention_block import ContextProjection, CrossAttentionBlock
+from .fingerprint import KeptDigest
 
 
 class XCLlamaPreTrainedModel(LlamaPreTrainedModel):
@@ -55,8 +58,13 @@ class XCLlamaPreTrainedModel(LlamaPreTrainedModel):
                 if gate is not None:
                     init.constant_(gate, self.config.cross_attention_gate_init)
 
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
+        """`PreTrainedModel.save_pretrained`; the config says which caches the saved weights read."""
+        self.config.context_fingerprint = self.base_model.context_fingerprint()
+        super().save_pretrained(save_directory, **kwargs)
 
-class XCLlamaModel(XCLlamaPreTrainedModel, LlamaModel):
+
+class XCLlamaModel(ContextChecksMixin, XCLlamaPreTrainedModel, LlamaModel):
     """The decoder with its cross-attention blocks, and what encodes the contexts."""
 
     def __init__(self, config: XCLlamaConfig):
@@ -78,7 +86,7 @@ class XCLlamaModel(XCLlamaPreTrainedModel, LlamaModel):
         self.encoder = (
             None if config.encoder_config is None else bare_encoder(AutoModel.from_config(config.encoder_config))
         )
-        self._encoding_versions: list[int] | None = None
+        self._kept_digest = KeptDigest()
         self.post_init()
 
     def _run_layers(
@@ -186,6 +194,9 @@ class XCLlamaModel(XCLlamaPreTrainedModel, LlamaModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of `input_ids` and `inputs_embeds`.")
         batch = (input_ids if inputs_embeds is None else inputs_embeds).shape[0]
+        context = self.resolve_context(context_cache, context_input_ids, context_attention_mask, batch)
+        if context is not None and (past_key_values is None or not past_key_values.is_initialized):
+            self.check_projections(context)
         return self._decode(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -193,7 +204,7 @@ class XCLlamaModel(XCLlamaPreTrainedModel, LlamaModel):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            context=self.resolve_context(context_cache, context_input_ids, context_attention_mask, batch),
+            context=context,
             **kwargs,
         )
 
@@ -209,9 +220,8 @@ class XCLlamaModel(XCLlamaPreTrainedModel, LlamaModel):
         Raises:
             ValueError: two sources of contexts, another number of rows, or a cache that this model cannot read.
         """
+        check_sources(context_cache, context_input_ids, context_attention_mask)
         if context_input_ids is not None:
-            if context_cache is not None:
-                raise ValueError("give either `context_cache` or `context_input_ids`, not both.")
             context_cache = self._encode(context_input_ids, context_attention_mask)
         if context_cache is None:
             return None
@@ -328,69 +338,5 @@ class XCLlamaModel(XCLlamaPreTrainedModel, LlamaModel):
                 key, value = by_head(key), by_head(value)
             keys.append(key)
             values.append(value)
-        return ProjectedContext(tuple(keys), tuple(values), plan.rows, cache, self.context_projections)
-
-    def check_cache(self, cache: ContextCache) -> None:
-        """Raise a ValueError that says why, if this model cannot read `cache`."""
-        config = self.config
-        if cache.layout != config.context_layout:
-            raise ValueError(
-                f"this cache has layout {cache.layout!r}, the model reads {config.context_layout!r}; encode again."
-            )
-        width = config.cross_attention_head_dim if cache.layout == "condensed" else config.context_width
-        heads = config.cross_attention_num_key_value_heads
-        for state in cache.states.values():
-            shape = tuple(state.shape[1:])
-            expected = (heads, width) if cache.layout == "condensed" else (width,)
-            if shape != expected and not (
-                cache.is_quantized and cache.layout == "hidden" and shape[0] * shape[1] == width
-            ):
-                raise ValueError(f"the states of this cache have shape {shape} a token, the model reads {expected}.")
-        if cache.fingerprint != self.context_fingerprint():
-            raise ValueError(
-                "this cache was made by another model, template or version of the weights: its fingerprint is "
-                f"{cache.fingerprint}, the model's {self.context_fingerprint()}; encode the contexts again."
-            )
-
-    def _encoding_tensors(self) -> dict[str, Tensor]:
-        """The weights that shape a context state, by name."""
-        if self.encoder is not None:
-            modules = {"encoder": self.encoder}
-        else:
-            layer = self.config.context_layer
-            modules = {"embed_tokens": self.embed_tokens, "layers": self.layers[:layer]}
-            if layer in (None, self.config.num_hidden_layers):
-                modules["norm"] = self.norm
-        if self.config.cross_attention_share_key_value:
-            modules["context_projections"] = self.context_projections
-        return {f"{prefix}.{name}": t for prefix, module in modules.items() for name, t in module.named_parameters()}
-
-    def context_fingerprint(self) -> str:
-        """Digest of the weights, config fields and template that shape the cached states.
-
-        Kept in the config; computed anew only when it is missing or when training changed one of the weights.
-        """
-        tensors = self._encoding_tensors()
-        versions = [tensor._version for tensor in tensors.values()]
-        if self.config.context_fingerprint is None or versions != self._encoding_versions:
-            if any(tensor.is_meta for tensor in tensors.values()):
-                # weights on disk are not trained: what was saved with them still holds
-                if self.config.context_fingerprint is not None:
-                    return self.config.context_fingerprint
-                raise ValueError("the weights that encode are offloaded: save the model once without `device_map`.")
-            fields = (
-                "context_layer",
-                "context_layout",
-                "template_version",
-                "rms_norm_eps",
-                "rope_parameters",
-                "cross_attention_norm",
-            )
-            shape = {field: getattr(self.config, field) for field in fields}
-            self.config.context_fingerprint = weights_digest(tensors.items(), shape)
-            self._encoding_versions = versions
-        return self.config.context_fingerprint
-
-    def trust_fingerprint(self) -> None:
-        """Take the fingerprint in the config as that of the weights as they are now (right after loading)."""
-        self._encoding_versions = [tensor._version for tensor in self._encoding_tensors().values()]
+        made_with = self.context_projections, self.projections_sample()
+        return ProjectedContext(tuple(keys), tuple(values), plan.rows, cache, *made_with)

@@ -51,6 +51,8 @@ class ContextGenerationMixin:
         given = next((kwargs[name] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None), inputs)
         batch = None if given is None else given.shape[0]
         context = self.model.resolve_context(context_cache, context_input_ids, context_attention_mask, batch)
+        if context is not None:
+            self.model.check_projections(context)
         if assistant_model is not None:
             kwargs["assistant_model"] = assistant_model
         if context is not None:

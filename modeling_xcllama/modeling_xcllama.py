@@ -21,11 +21,12 @@ from transformers.utils import can_return_tuple, logging
 
 from .configuration_xcllama import XCLlamaConfig
 from .context_cache import ContextCache, ProjectedContext
-from .context_encoding import bare_encoder, weights_digest
+from .context_encoding import bare_encoder
 from .context_repository import load_contexts
 from .cross_attention import log_implementation
 from .decoder_xcllama import XCLlamaModel, XCLlamaPreTrainedModel
 from .decoding_speed import decoding_products
+from .fingerprint import weights_digest
 from .generation_xcllama import ContextGenerationMixin
 from .pipeline_xcllama import TASK, ContextQuestionAnsweringPipeline
 from .warm_start import copy_self_attention, zero_gates
@@ -141,9 +142,10 @@ class XCLlamaForCausalLM(ContextGenerationMixin, XCLlamaPreTrainedModel, LlamaFo
         return weights_digest(self.added_parameters())
 
     def base_digest(self) -> str:
-        """Digest of the frozen decoder's weights."""
+        """Digest of the frozen decoder's weights, sampled: it costs little at every load."""
         added = (*ADDED_PREFIXES, "model.encoder.")
-        return weights_digest((name, weight) for name, weight in self.named_parameters() if not name.startswith(added))
+        base = ((name, weight) for name, weight in self.named_parameters() if not name.startswith(added))
+        return weights_digest(base, sampled=True)
 
     @classmethod
     def from_decoder(
@@ -199,7 +201,6 @@ class XCLlamaForCausalLM(ContextGenerationMixin, XCLlamaPreTrainedModel, LlamaFo
             zero_gates(model.model)
         model.generation_config = base.generation_config
         model.freeze_base()
-        model.model.context_fingerprint()
         log_implementation(config.cross_attn_implementation, device)
         return model.train(base.training)
 
@@ -214,13 +215,11 @@ class XCLlamaForCausalLM(ContextGenerationMixin, XCLlamaPreTrainedModel, LlamaFo
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.freeze_base()
-        model.model.trust_fingerprint()
         log_implementation(model.config.cross_attn_implementation, model.device)
         return loaded
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
         """`PreTrainedModel.save_pretrained` with the code that remote loading needs."""
-        self.model.context_fingerprint()
         self.config.auto_map = {"AutoModel": "modeling_xcllama.XCLlamaModel"}
         implementation = f"pipeline_xcllama.{ContextQuestionAnsweringPipeline.__name__}"
         self.config.custom_pipelines = {TASK: {"impl": implementation, "pt": ["AutoModelForCausalLM"]}}
@@ -234,7 +233,7 @@ class XCLlamaForCausalLM(ContextGenerationMixin, XCLlamaPreTrainedModel, LlamaFo
         """
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
-        self.model.context_fingerprint()
+        self.config.context_fingerprint = self.model.context_fingerprint()
         self.config.base_model_digest = self.base_digest()
         tensors = {name: weight.detach().contiguous().cpu() for name, weight in self.added_parameters()}
         for name, weight in self.named_parameters():
