@@ -51,9 +51,9 @@ class ContextChecksMixin:
         if self.encoder is not None:
             modules = {"encoder": self.encoder}
         else:
-            layer = self.config.context_layer
+            layer = self.config.context_layers[-1]
             modules = {"embed_tokens": self.embed_tokens, "rotary_emb": self.rotary_emb, "layers": self.layers[:layer]}
-            if layer in (None, self.config.num_hidden_layers):
+            if layer == self.config.num_hidden_layers:
                 modules["norm"] = self.norm
         return modules | ({"context_projections": self.context_projections} if layout == "condensed" else {})
 

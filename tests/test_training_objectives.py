@@ -9,9 +9,9 @@ from training_support import base_folder, batch_and_objective, equal, make_recip
 from transformers import BertConfig, BertModel, LlamaForCausalLM
 
 from modeling_xcllama import XCLlamaForCausalLM
+from modeling_xcllama.least_squares import fit_least_squares
 from xcllama.training.build import build_model, load_processor
 from xcllama.training.examples import ExamplePlan
-from xcllama.training.least_squares import fit_key_value
 from xcllama.training.objectives import Objective
 from xcllama.training.passages import read_passages
 from xcllama.training.prompts import Prompts
@@ -90,7 +90,7 @@ def test_least_squares_reproduces_the_keys_of_the_layer_that_follows(make_recipe
     prompts, passages = Prompts(load_processor(recipe)), read_passages(recipe.data, recipe.seed)
     model = build_model(recipe)
     ids = [prompts.context_ids(passage.text) for passage in passages]
-    scores = fit_key_value(model, ids)
+    scores = fit_least_squares(model, ids)
     # the block after layer 1 reads the very states that layer 2 starts from
     assert scores[1] > 0.99
     assert scores[1] >= scores[3] > 0
