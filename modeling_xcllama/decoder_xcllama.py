@@ -186,6 +186,7 @@ class XCLlamaModel(ContextChecksMixin, XCLlamaPreTrainedModel, LlamaModel):
             key = value = None
             if index in self.block_after and any(context.rows.lengths):
                 place = self.block_after[index] % len(context.keys)
+                # None where a layer is kept from reading, to see what it brings
                 key, value = context.keys[place], context.values[place]
             adapter = self.context_adapters[index] if len(self.context_adapters) else None
             readings.append(

@@ -191,9 +191,9 @@ def distilled(make_recipe, **distillation):
 
 def test_a_teacher_reads_the_passage_in_its_prompt(make_recipe):
     batch, _, teacher, recipe = distilled(make_recipe, weight=1.0)
-    read = teacher.hidden_states(batch.input_ids, batch.attention_mask, batch.passages(), batch.rows)[-1]
+    read = teacher.hidden_states(batch.input_ids, batch.attention_mask, batch.passages(), batch.own)[-1]
     plain, start = LlamaForCausalLM.from_pretrained(recipe.model.base), len(teacher.prefix)
-    for row, (passage,) in enumerate(batch.rows):
+    for row, passage in enumerate(batch.own):
         own = batch.input_ids[row][batch.attention_mask[row].bool()]
         assert own[:start].tolist() == teacher.prefix
         prompt = torch.cat([own[:start], batch.passages()[passage], own[start:]])
@@ -205,7 +205,7 @@ def test_distillation_adds_divergence_and_distance_from_the_teacher(make_recipe)
     section = {"weight": 1.0, "temperature": 2.0, "hidden_weight": 0.5, "hidden_layers": [1, 2]}
     batch, student, teacher, recipe = distilled(make_recipe, **section)
     losses = Objective(student.model, recipe, teacher).train()(batch)
-    wanted = teacher.hidden_states(batch.input_ids, batch.attention_mask, batch.passages(), batch.rows)
+    wanted = teacher.hidden_states(batch.input_ids, batch.attention_mask, batch.passages(), batch.own)
     inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
     outputs = student.model(**inputs, context_cache=student.context(batch), output_hidden_states=True)
     answer = batch.answer_mask[:, 1:]

@@ -105,7 +105,7 @@ class Objective(nn.Module):
 
     def _distance(self, batch: Batch, hidden_states: tuple[Tensor, ...] | None, logits: Tensor) -> Tensor:
         """How far the batch is from the teacher, summed over tokens."""
-        wanted = self._teacher.hidden_states(batch.input_ids, batch.attention_mask, batch.passages(), batch.rows)
+        wanted = self._teacher.hidden_states(batch.input_ids, batch.attention_mask, batch.passages(), batch.own)
         section, distance = self.distillation, logits.new_zeros(())
         if section.weight:
             teacher_logits = self._teacher.model.lm_head(wanted[-1][:, :-1][batch.answer_mask[:, 1:]]).float()

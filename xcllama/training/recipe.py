@@ -70,7 +70,7 @@ class DataSection:
         windows: windows taken from a longer passage.
         max_answer_words: questions with longer answers are left out.
         max_history: earlier turns kept in front of a question.
-        distractors: other passages joined to the right one.
+        distractors: most other passages joined to the right one, drawn from its forward pass; their number varies.
         max_passages: passages read from each source (None: all).
         renamed: passages that are added once more with invented names and numbers.
     """

@@ -1,5 +1,6 @@
 """The frozen decoder that reads passages in its prompt: what a distilled model follows, where its adapters start."""
 
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -61,26 +62,24 @@ class Teacher:
         input_ids: Tensor,
         attention_mask: Tensor,
         passages: list[Tensor],
-        rows: tuple[tuple[int, ...], ...],
+        own: tuple[int, ...],
     ) -> tuple[Tensor, ...]:
-        """`output_hidden_states` of the rows, each of which reads its passages (token ids)."""
+        """`output_hidden_states` of the rows, each of which reads the passage (token ids) that it is about."""
         return self.model.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
-            context_cache=self.read(passages, rows),
+            context_cache=self.read(passages, own),
             output_hidden_states=True,
             use_cache=False,
         ).hidden_states
 
     @torch.no_grad()
-    def read(self, passages: list[Tensor], rows: tuple[tuple[int, ...], ...]) -> ProjectedContext:
-        """The decoder's own keys and values of `passages`, each behind the prefix."""
+    def read(self, passages: list[Tensor], own: tuple[int, ...]) -> ProjectedContext:
+        """The decoder's own keys and values of `passages`, each behind the prefix; row i reads passage `own[i]`."""
         ids, _ = pad_right([torch.cat([ids.new_tensor(self.prefix), ids]) for ids in passages])
         past = self.model(ids, use_cache=True, logits_to_keep=1).past_key_values
-        offsets = [0]
-        for passage in passages:
-            offsets.append(offsets[-1] + len(passage))
-        plan = ReadingPlan.of(tuple(offsets), rows)
+        offsets = tuple(accumulate(map(len, passages), initial=0))
+        plan = ReadingPlan.of(offsets, [(passage,) for passage in own])
         start = len(self.prefix)
 
         def packed(states: Tensor) -> Tensor:
