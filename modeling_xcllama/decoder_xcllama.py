@@ -129,6 +129,10 @@ class XCLlamaModel(ContextChecksMixin, XCLlamaPreTrainedModel, LlamaModel):
             past_key_values=past_key_values,
             position_ids=position_ids,
         )
+        if joint and causal_mask is not None and causal_mask.dtype == torch.bool:
+            # `generate` makes the masks of static caches itself, for the decoder's own attention
+            lowest = torch.finfo(hidden_states.dtype).min
+            causal_mask = torch.zeros_like(causal_mask, dtype=hidden_states.dtype).masked_fill(~causal_mask, lowest)
         if sliding is not None:
             kwargs["sliding_window"] = sliding
         output_weights = bool(kwargs.get("output_attentions", self.config.output_attentions))
