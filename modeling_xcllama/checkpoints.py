@@ -55,7 +55,7 @@ def load_checkpoint(
     fields = [
         field
         for field in XCLlamaConfig.__dataclass_fields__
-        if field.startswith("cross_attention_") or field in ("context_layer", "context_max_length")
+        if field.startswith("cross_attention_") or field in ("context_layer", "context_prefix", "context_max_length")
     ]
     overrides = {field: saved[field] for field in fields if field in saved}
     overrides |= {"base_model_name_or_path": saved.get("base_model_name_or_path")}

@@ -1,5 +1,6 @@
 """XCLlamaConfig: the Llama config plus the cross-attention fields, with every structural check."""
 
+import re
 from typing import ClassVar
 
 from huggingface_hub.dataclasses import strict
@@ -7,13 +8,23 @@ from transformers import LlamaConfig
 from transformers.configuration_utils import SubConfigSpec
 from transformers.models.auto.configuration_auto import AutoConfig
 
+# fields of an encoder's config that say nothing about its states
+DESCRIPTIVE = re.compile(
+    r"^_|name_or_path|architectures|version|dtype|token_id$|label|drop|initializer|cache|checkpoint"
+)
+
 
 @strict
 class XCLlamaConfig(LlamaConfig):
     """Configuration of an XC-Llama: a Llama decoder with added cross-attention over cached contexts.
 
     Args:
-        cross_attention_layers: decoder layers (0-based) that a cross-attention block follows.
+        cross_attention_mode: "block": a block of its own follows each layer of `cross_attention_layers`, as in the
+            paper; "joint": in these layers the decoder's own queries attend to context keys and own keys in one
+            softmax. Every document's keys are then rotated from the same position, the row's own tokens follow its
+            longest document.
+        cross_attention_layers: decoder layers (0-based) that a cross-attention block follows (block), or that read
+            (joint; None: all).
         cross_attention_hidden_size: total width of the queries, `num_heads * head_dim` (None: the decoder's).
         cross_attention_head_dim: width of one head (None: `cross_attention_hidden_size / num_heads`).
         cross_attention_num_heads: query heads (None: the decoder's).
@@ -23,18 +34,22 @@ class XCLlamaConfig(LlamaConfig):
         cross_attention_context_norm: whether the context states are normalized before keys and values.
         cross_attention_rope: whether queries (decoder positions) and keys (positions 0.. of the context) are rotated.
             The result then depends on the order of joined documents.
-        cross_attention_gate: None, "scalar" (`g * output`) or "tanh" (`tanh(g) * output`).
+        cross_attention_gate: None, "scalar" (`g * output`) or "tanh" (`tanh(g) * output`); joint mode has none.
         cross_attention_gate_init: initial value of the gate parameter `g`.
         cross_attention_share_weights: all blocks are one block.
         cross_attention_share_key_value: all blocks read one key/value projection (condensed layout of the cache).
         cross_attention_dropout: dropout of whole context tokens in training, as probability.
-        cross_attention_bias: biases in the projections of the blocks.
+        cross_attention_bias: biases in the projections of the blocks and contexts (None: in joint mode).
+        cross_attention_adapter_rank: joint mode: rank of the low-rank updates of q and v that rows with a context use
+            in every layer (None: none).
         cross_attn_implementation: "auto", "eager", "sdpa" or "triton"; chosen at load time, never serialized.
         encoder_config: config of a separate encoder (XC-LlamaEnc); None: the decoder encodes.
-        context_layer: index into `output_hidden_states` of the decoder (or encoder) whose states are cached; None: the
-            last, after the final norm.
+        context_layer: index into `output_hidden_states` of the decoder (or encoder) whose states are cached, or a list
+            of them: their states side by side; None: the last, after the final norm.
+        context_prefix: token ids that stand before every context when the decoder encodes it, and with which every
+            prompt starts (the head of a chat template): they draw idle attention. Not cached; None: none.
         context_max_length: most tokens of one context.
-        context_fingerprint: digest of what shapes the cached states; kept up to date by the model.
+        context_fingerprint: of the saved weights, for readers of the file: the model computes its own.
         template_version: version of the processor's context template.
         sliding_window: window of the decoder's self-attention (Mistral), None: full.
         base_model_name_or_path: where the frozen decoder came from.
@@ -47,6 +62,7 @@ class XCLlamaConfig(LlamaConfig):
         "encoder_config": SubConfigSpec(config_class=AutoConfig, model_type="bert", optional=True)
     }
 
+    cross_attention_mode: str = "block"
     cross_attention_layers: list[int] | None = None
     cross_attention_hidden_size: int | None = None
     cross_attention_head_dim: int | None = None
@@ -61,10 +77,12 @@ class XCLlamaConfig(LlamaConfig):
     cross_attention_share_weights: bool = False
     cross_attention_share_key_value: bool = False
     cross_attention_dropout: int | float = 0.0
-    cross_attention_bias: bool = False
+    cross_attention_bias: bool | None = None
+    cross_attention_adapter_rank: int | None = None
     cross_attn_implementation: str = "auto"
     encoder_config: dict | object | None = None
-    context_layer: int | None = None
+    context_layer: int | list[int] | None = None
+    context_prefix: list[int] | None = None
     context_max_length: int = 131072
     context_fingerprint: str | None = None
     template_version: str = "1"
@@ -79,9 +97,15 @@ class XCLlamaConfig(LlamaConfig):
                 f"`XCLlamaConfig` has no field {', '.join(f'`{key}`' for key in unknown)}; see its docstring."
             )
         super().__post_init__(**kwargs)
+        joint = self.reads_jointly
         if self.cross_attention_layers is None:
-            # the upper half, every second layer: what reads best in few layers
-            self.cross_attention_layers = list(range(self.num_hidden_layers // 2, self.num_hidden_layers, 2))
+            # of few blocks, those in the upper half read best; a decoder reads its prompt in all layers
+            few = range(self.num_hidden_layers // 2, self.num_hidden_layers, 2)
+            self.cross_attention_layers = list(range(self.num_hidden_layers) if joint else few)
+        if self.cross_attention_bias is None:
+            self.cross_attention_bias = joint
+        if joint and self.cross_attention_gate == "scalar":
+            self.cross_attention_gate = None
         if self.cross_attention_num_heads is None:
             self.cross_attention_num_heads = self.num_attention_heads
         heads = self.cross_attention_num_heads
@@ -106,16 +130,44 @@ class XCLlamaConfig(LlamaConfig):
         self.validate_cross_attention_choices()
         self.validate_cross_attention_numbers()
         self.validate_context_layer()
+        self.validate_joint_mode()
+
+    @property
+    def reads_jointly(self) -> bool:
+        """Whether contexts enter the decoder's own attention, not blocks of their own."""
+        return self.cross_attention_mode == "joint"
+
+    @property
+    def context_layers(self) -> list[int]:
+        """Indices into `output_hidden_states` of what encodes, whose states are cached side by side."""
+        if isinstance(self.context_layer, list):
+            return self.context_layer
+        config = self if self.encoder_config is None else self.encoder_config
+        return [config.num_hidden_layers if self.context_layer is None else self.context_layer]
 
     @property
     def context_width(self) -> int:
         """Width of one context state, in values."""
-        return self.hidden_size if self.encoder_config is None else self.encoder_config.hidden_size
+        width = self.hidden_size if self.encoder_config is None else self.encoder_config.hidden_size
+        return width * len(self.context_layers)
 
     @property
     def context_layout(self) -> str:
         """Layout of the caches this model makes: "condensed" holds final keys and values, "hidden" the states."""
         return "condensed" if self.cross_attention_share_key_value else "hidden"
+
+    def context_fields(self, layout: str) -> dict[str, object]:
+        """Fields that shape a cached state of `layout` beside the weights, as they are now."""
+        fields = {"context_layer": self.context_layer, "layout": layout, "template_version": self.template_version}
+        if layout == "condensed":
+            fields["cross_attention_norm"] = self.cross_attention_norm
+        if self.encoder_config is not None:
+            values = self.encoder_config.to_diff_dict().items()
+            return fields | {f"encoder_{key}": value for key, value in values if not DESCRIPTIVE.search(key)}
+        # the last layer by its number is the last layer
+        fields |= {"context_layer": self.context_layers, "context_prefix": self.context_prefix or []}
+        names = ("rope_parameters", "max_position_embeddings", "sliding_window")
+        return fields | {name: getattr(self, name) for name in names}
 
     def validate_cross_attention_layers(self):
         """Rule: distinct, increasing indices of decoder layers, at least one."""
@@ -149,6 +201,7 @@ class XCLlamaConfig(LlamaConfig):
     def validate_cross_attention_choices(self):
         """Rule: fields with a fixed list of values hold one of them."""
         choices = {
+            "cross_attention_mode": ("block", "joint"),
             "cross_attention_norm": ("rms_norm", "layer_norm"),
             "cross_attention_gate": (None, "scalar", "tanh"),
             "cross_attn_implementation": ("auto", "eager", "sdpa", "triton"),
@@ -172,11 +225,45 @@ class XCLlamaConfig(LlamaConfig):
             raise ValueError(f"`sliding_window` must be positive or None, got {self.sliding_window}.")
 
     def validate_context_layer(self):
-        """Rule: an index into `output_hidden_states` of what encodes."""
-        layer = self.context_layer
+        """Rule: increasing indices into `output_hidden_states` of what encodes; a prefix of known tokens."""
+        layers = self.context_layers
         most = self.num_hidden_layers if self.encoder_config is None else self.encoder_config.num_hidden_layers
-        if layer is not None and not 0 <= layer <= most:
-            raise ValueError(f"`context_layer` must be in [0, {most}] or None (the last), got {layer}.")
+        if not layers or layers != sorted(set(layers)) or layers[0] < 0 or layers[-1] > most:
+            raise ValueError(
+                f"`context_layer` must be in [0, {most}], a list of distinct, increasing ones, or None (the last), "
+                f"got {self.context_layer}."
+            )
+        if len(layers) > 1 and self.cross_attention_norm != "rms_norm":
+            raise ValueError("a list as `context_layer` needs `cross_attention_norm`='rms_norm'.")
+        prefix = self.context_prefix
+        if prefix is not None and (
+            self.encoder_config is not None or not all(0 <= i < self.vocab_size for i in prefix)
+        ):
+            raise ValueError(
+                f"`context_prefix` must be token ids below {self.vocab_size}, and None with a separate encoder, "
+                f"got {prefix}."
+            )
+
+    def validate_joint_mode(self):
+        """Rule: joint mode has the decoder's heads, and none of a block's own parts."""
+        rank = self.cross_attention_adapter_rank
+        if rank is not None and (rank < 1 or not self.reads_jointly):
+            raise ValueError(f"`cross_attention_adapter_rank` must be positive, and needs joint mode, got {rank}.")
+        if not self.reads_jointly:
+            return
+        heads = {
+            "cross_attention_num_heads": self.num_attention_heads,
+            "cross_attention_num_key_value_heads": self.num_key_value_heads,
+            "cross_attention_head_dim": self.head_dim,
+        }
+        none = ("cross_attention_gate", "cross_attention_intermediate_size")
+        false = ("cross_attention_rope", "cross_attention_share_weights")
+        wanted = heads | dict.fromkeys(none) | dict.fromkeys(false, False) | {"attention_dropout": 0}
+        for field, value in wanted.items():
+            if getattr(self, field) != value:
+                raise ValueError(
+                    f"`cross_attention_mode`='joint' needs `{field}`={value}, got {getattr(self, field)}."
+                )
 
     def _remove_keys_not_serialized(self, d: dict) -> None:
         super()._remove_keys_not_serialized(d)

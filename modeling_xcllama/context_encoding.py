@@ -1,12 +1,9 @@
-"""From padded token ids to packed states: batches by token budget, windows for long texts, digests of what encodes."""
+"""From padded token ids to packed states: batches by token budget, windows for long texts."""
 
-import hashlib
-import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.modeling_utils import PreTrainedModel
 
 # tokens encoded in one batch, padding included
@@ -26,6 +23,20 @@ def execution_device(module: nn.Module) -> torch.device:
     """Where a module with weights computes: its weights' device, or the one that they are brought to from disk."""
     device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
     return module.weight.device if device is None else torch.device(device)
+
+
+def check_sources(context_cache, context_input_ids: Tensor | None, context_attention_mask: Tensor | None) -> None:
+    """Raise where the arguments that name contexts do not belong together, or are none."""
+    if context_cache is not None:
+        if not (hasattr(context_cache, "states") or hasattr(context_cache, "projections")):
+            raise TypeError(
+                "`context_cache` must be a `ContextCache` or what `project_context` returns, got "
+                f"{type(context_cache).__name__}; open a file with `model.load_context(path)`."
+            )
+        if context_input_ids is not None:
+            raise ValueError("give either `context_cache` or `context_input_ids`, not both.")
+    if context_attention_mask is not None and context_input_ids is None:
+        raise ValueError("`context_attention_mask` belongs to `context_input_ids`: leave it out beside a cache.")
 
 
 def unpad(input_ids: Tensor, attention_mask: Tensor | None) -> list[Tensor]:
@@ -88,23 +99,3 @@ def pad_right(sequences: list[Tensor]) -> tuple[Tensor, Tensor]:
     ids = nn.utils.rnn.pad_sequence(sequences, batch_first=True)
     lengths = torch.tensor([len(sequence) for sequence in sequences], device=ids.device)
     return ids, (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]).long()
-
-
-def weights_digest(tensors: Iterable[tuple[str, Tensor]], extra: dict | None = None) -> str:
-    """SHA-256 over names, shapes and float32 values: the same in whatever wider dtype a checkpoint is loaded."""
-    digest = hashlib.sha256(json.dumps(extra or {}, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(tensors, key=lambda item: item[0]):
-        digest.update(f"{name} {list(tensor.shape)}".encode())
-        for part in _stored_parts(tensor.detach()):
-            # quantized weights are digested as they are stored
-            values = part.float() if part.is_floating_point() else part
-            digest.update(values.cpu().contiguous().view(torch.uint8).numpy().reshape(-1))
-    return digest.hexdigest()
-
-
-def _stored_parts(tensor: Tensor) -> list[Tensor]:
-    """The plain tensors in a tensor subclass, as torchao's quantized weights are; else the tensor itself."""
-    if not is_traceable_wrapper_subclass(tensor):
-        return [tensor]
-    names, _ = tensor.__tensor_flatten__()
-    return [part for name in names for part in _stored_parts(getattr(tensor, name))]

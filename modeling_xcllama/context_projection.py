@@ -6,11 +6,9 @@ from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from .cross_attention import BLOCK_TOKENS, ContextRows, find_kernels
-from .cross_attention_block import rotate
+from .cross_attention_block import StateRMSNorm, rotate
 from .quantized_tensor import QuantizedTensor
 
 
@@ -22,11 +20,15 @@ class ReadingPlan:
         tokens: the cache's tokens to project: those of every document that is read, once.
         repeat: indices into them in the order in which the rows read, None: as they are.
         rows: offsets and row indices of the result.
+        positions: of each of `tokens` in its own document, int32.
+        longest: tokens of the longest document of each context of `rows`.
     """
 
     tokens: "slice | Tensor"
     repeat: Tensor | None
     rows: ContextRows
+    positions: Tensor
+    longest: tuple[int, ...]
 
     @classmethod
     def of(cls, offsets: tuple[int, ...], rows: Iterable[tuple[int, ...]]) -> "ReadingPlan":
@@ -42,7 +44,10 @@ class ReadingPlan:
             repeat = torch.cat([torch.arange(starts[d], starts[d] + sizes[d]) for d in flat])
         spans = tuple(accumulate((sum(sizes[document] for document in row) for row in distinct), initial=0))
         index = {row: position for position, row in enumerate(distinct)}
-        return cls(document_tokens(offsets, unique), repeat, ContextRows(spans, tuple(index[row] for row in rows)))
+        context_rows = ContextRows(spans, tuple(index[row] for row in rows))
+        positions = torch.cat([torch.arange(size, dtype=torch.int32) for size in (0, *sizes.values())])
+        longest = tuple(max((sizes[document] for document in row), default=0) for row in distinct)
+        return cls(document_tokens(offsets, unique), repeat, context_rows, positions, longest)
 
     def drop_tokens(self, probability: float, device: torch.device) -> "ReadingPlan":
         """Leave out whole context tokens at random (training); a context keeps its first token at least."""
@@ -71,8 +76,9 @@ def project_hidden(
     """Keys and values of every projection; a quantized state is dequantized in registers, or a block at a time."""
     if isinstance(hidden, Tensor):
         return _project_all(hidden.to(dtype), projections)
-    fusible = not isinstance(projections[0].norm, nn.LayerNorm) and not torch.is_grad_enabled()
-    if implementation == "triton" and fusible:
+    norm = projections[0].norm
+    fusible = norm is None or (isinstance(norm, StateRMSNorm) and norm.num_parts == 1)
+    if implementation == "triton" and fusible and not torch.is_grad_enabled():
         return [_project_fused(hidden, projection) for projection in projections]
     parts = []
     for start in range(0, max(1, hidden.shape[0]), BLOCK_TOKENS):
@@ -84,8 +90,8 @@ def project_hidden(
 def _project_all(states: Tensor, projections: nn.ModuleList) -> list[tuple[Tensor, Tensor]]:
     norm, normalized = projections[0].norm, None
     # offloaded weights are there only while their module runs
-    if isinstance(norm, LlamaRMSNorm) and not norm.weight.is_meta and len(projections) > 1:
-        normalized = functional.rms_norm(states, states.shape[-1:], None, norm.variance_epsilon)
+    if isinstance(norm, StateRMSNorm) and not norm.weight.is_meta and len(projections) > 1:
+        normalized = norm.normalize(states)
     return [projection(states, normalized) for projection in projections]
 
 
@@ -156,8 +162,13 @@ def _rotate(key: Tensor, positions: Tensor, rotary: nn.Module) -> Tensor:
     return rotate(key, (cos[0], sin[0]))
 
 
-def rotate_keys(key, offsets: tuple[int, ...], rotary: nn.Module) -> "Tensor | RotatedTensor":
-    """Rotate every key by its position in its context; quantized keys when they are read."""
-    spans = zip(offsets[:-1], offsets[1:], strict=True)
-    positions = torch.cat([torch.arange(end - start, dtype=torch.int32) for start, end in spans]).to(key.device)
+def rotate_keys(key, positions: Tensor, rotary: nn.Module) -> "Tensor | RotatedTensor":
+    """Rotate every key by its position; quantized keys when they are read."""
+    positions = positions.to(key.device)
     return _rotate(key, positions, rotary) if isinstance(key, Tensor) else RotatedTensor(key, positions, rotary)
+
+
+def row_positions(offsets: tuple[int, ...]) -> Tensor:
+    """Position of every token in its context, int32 `[num_tokens]`."""
+    spans = zip(offsets[:-1], offsets[1:], strict=True)
+    return torch.cat([torch.arange(end - start, dtype=torch.int32) for start, end in spans])

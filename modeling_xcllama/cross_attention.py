@@ -94,10 +94,10 @@ def _fold(query: Tensor, num_key_value_heads: int) -> Tensor:
 
 
 def _unfold(output: Tensor, like: Tensor) -> Tensor:
-    """The inverse of `_fold`."""
-    rows, length, heads, dim = like.shape
-    output = output.view(output.shape[0], rows, length, heads // output.shape[0], dim)
-    return output.permute(1, 2, 0, 3, 4).reshape(rows, length, heads, dim)
+    """The inverse of `_fold`, for any width of `output`."""
+    rows, length, heads, _ = like.shape
+    output = output.view(output.shape[0], rows, length, heads // output.shape[0], -1)
+    return output.permute(1, 2, 0, 3, 4).reshape(rows, length, heads, -1)
 
 
 def _take(query: Tensor, members: list[int]) -> Tensor:
@@ -106,10 +106,9 @@ def _take(query: Tensor, members: list[int]) -> Tensor:
     return query[first : last + 1] if last - first + 1 == len(members) else query[members]
 
 
-def _attend_eager(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _attend_eager(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor]:
     scores = (query @ key.transpose(-1, -2)).float() * scale
-    weights = scores.softmax(-1)
-    return weights.to(value.dtype) @ value, weights
+    return (scores.softmax(-1).to(value.dtype) @ value,)
 
 
 def _attend_products(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -129,8 +128,26 @@ def _attend_sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Ten
     return functional.scaled_dot_product_attention(query[None], key[None], value[None], scale=scale)[0]
 
 
-def _attend_quantized(query: Tensor, key, value, scale: float) -> Tensor:
-    """Online softmax over blocks of tokens in float32: only one block is ever dequantized."""
+def attend_with_lse(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None = None):
+    """`softmax(query key^T * scale + mask) value` and the log of its normalizer, in plain matrix products.
+
+    Args:
+        query: `[..., length, dim]`.
+        key, value: `[..., num_tokens, dim]`.
+        mask: added to the scores, None: all tokens are read.
+
+    Returns:
+        Output like `query`, and float32 `[..., length, 1]`.
+    """
+    scores = (query * scale @ key.transpose(-1, -2)).float()
+    if mask is not None:
+        scores = scores + mask
+    normalizer = scores.logsumexp(-1, keepdim=True)
+    return (scores - normalizer).exp().to(value.dtype) @ value, normalizer
+
+
+def _attend_quantized(query: Tensor, key, value, scale: float) -> tuple[Tensor, Tensor]:
+    """As `attend_with_lse`, by online softmax over blocks of tokens: only one block is ever dequantized."""
     accumulated, normalizer, highest = 0.0, 0.0, query.new_full((*query.shape[:2], 1), -torch.inf, dtype=torch.float32)
     for start in range(0, key.shape[0], BLOCK_TOKENS):
         tokens = slice(start, start + BLOCK_TOKENS)
@@ -140,39 +157,66 @@ def _attend_quantized(query: Tensor, key, value, scale: float) -> Tensor:
         values = value[tokens].dequantize(torch.float32).transpose(0, 1)
         accumulated = accumulated * decay + weights @ values
         normalizer, highest = normalizer * decay + weights.sum(-1, keepdim=True), raised
-    return (accumulated / normalizer).to(query.dtype)
+    return (accumulated / normalizer).to(query.dtype), highest + normalizer.log()
 
 
-def _over_groups(attend: Callable, query: Tensor, key, value, rows: ContextRows, scale: float) -> Tensor:
-    """Run `attend` once a distinct context, on the queries of all rows that read it."""
+def _over_groups(attend: Callable, query: Tensor, key, value, rows: ContextRows, scale: float) -> tuple[Tensor, ...]:
+    """Run `attend` once a distinct context, on the queries of all rows that read it.
 
-    def read(queries: Tensor, keys, values) -> Tensor:
+    Returns:
+        What `attend` returns, by row: the output (zeros for a row without a context), and the log of the normalizer
+        (-inf for such a row) where `attend` gives it.
+    """
+
+    def read(queries: Tensor, keys, values) -> tuple[Tensor, ...]:
         folded = _fold(queries, keys.shape[1])
-        if not isinstance(keys, Tensor):
-            return _unfold(_attend_quantized(folded, keys, values, scale), queries)
-        return _unfold(attend(folded, keys.transpose(0, 1), values.transpose(0, 1), scale), queries)
+        if isinstance(keys, Tensor):
+            parts = attend(folded, keys.transpose(0, 1), values.transpose(0, 1), scale)
+        else:
+            parts = _attend_quantized(folded, keys, values, scale)
+        return tuple(_unfold(part, queries) for part in parts)
 
     if rows.share_all:
         return read(query, key, value)
     pieces = [read(_take(query, members), key[start:end], value[start:end]) for start, end, members in rows.groups]
     if rows.some_empty:
-        pieces.append(torch.zeros_like(query[:1]))
-    output = torch.cat(pieces)
-    return output if rows.order is None else output[_int32(rows.order, query.device)]
+        nothing = query.new_full((1, *query.shape[1:3], 1), -torch.inf, dtype=torch.float32)
+        pieces.append((torch.zeros_like(query[:1]), nothing))
+    # where no context is read at all, there is the log of no normalizer to leave out
+    outputs = tuple(torch.cat(part) for part in zip(*pieces, strict=False))
+    return outputs if rows.order is None else tuple(part[_int32(rows.order, query.device)] for part in outputs)
 
 
 def eager_cross_attention(query: Tensor, key, value, rows: ContextRows, scale: float) -> Tensor:
     """The reference: softmax(query key^T * scale) value, in plain matrix products."""
-    return _over_groups(lambda *inputs: _attend_eager(*inputs)[0], query, key, value, rows, scale)
+    return _over_groups(_attend_eager, query, key, value, rows, scale)[0]
 
 
 def sdpa_cross_attention(query: Tensor, key, value, rows: ContextRows, scale: float) -> Tensor:
     """`scaled_dot_product_attention`, one call a distinct context, no mask and no padding."""
-    return _over_groups(_attend_sdpa, query, key, value, rows, scale)
+    return _over_groups(lambda *inputs: (_attend_sdpa(*inputs),), query, key, value, rows, scale)[0]
 
 
 def triton_cross_attention(query: Tensor, key, value, rows: ContextRows, scale: float) -> Tensor:
     """The Triton kernels, looked up once (see `find_kernels`)."""
+    return _by_kernels("cross_attention", query, key, value, rows, scale)
+
+
+def cross_attention_with_lse(
+    query: Tensor, key, value, rows: ContextRows, scale: float, implementation: str
+) -> tuple[Tensor, Tensor]:
+    """Cross-attention and the log of its normalizer, with which other tokens' attention can be merged.
+
+    Returns:
+        The output, and float32 `[batch, query_len, num_heads, 1]`, -inf for a row without a context.
+    """
+    if implementation != "triton":
+        return _over_groups(attend_with_lse, query, key, value, rows, scale)
+    output, lse = _by_kernels("cross_attention_with_lse", query, key, value, rows, scale)
+    return output, lse.transpose(1, 2).unsqueeze(-1)
+
+
+def _by_kernels(function: str, query: Tensor, key, value, rows: ContextRows, scale: float):
     offsets, context_index = rows.tensors(query.device)
     scales = {}
     if not isinstance(key, Tensor):
@@ -180,7 +224,8 @@ def triton_cross_attention(query: Tensor, key, value, rows: ContextRows, scale: 
             raise ValueError("the kernels read no quantized keys with RoPE; use cross_attn_implementation='sdpa'.")
         scales = {"key_scale": key.scale, "key_zero": key.zero, "value_scale": value.scale, "value_zero": value.zero}
         key, value = key.data, value.data
-    return find_kernels().cross_attention(query, key, value, offsets, context_index, scale=scale, **scales)
+    kernel = getattr(find_kernels(), function)
+    return kernel(query, key, value, offsets, context_index, scale=scale, **scales)
 
 
 CROSS_ATTENTION_FUNCTIONS: dict[str, Callable] = {

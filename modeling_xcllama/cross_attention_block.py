@@ -15,6 +15,22 @@ def build_norm(config, width: int) -> nn.Module:
     return norm(width, eps=config.rms_norm_eps)
 
 
+class StateRMSNorm(LlamaRMSNorm):
+    """RMSNorm of each of the `num_parts` layers' states that stand side by side in `[..., width]`."""
+
+    def __init__(self, width: int, num_parts: int, eps: float):
+        super().__init__(width, eps=eps)
+        self.num_parts = num_parts
+
+    def normalize(self, states: Tensor) -> Tensor:
+        """States over the root mean square of their part."""
+        parts = states.unflatten(-1, (self.num_parts, -1))
+        return functional.rms_norm(parts, parts.shape[-1:], None, self.variance_epsilon).flatten(-2)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.weight * self.normalize(hidden_states)
+
+
 def rotate(states: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
     """RoPE on `states` `[..., length, heads, dim]` with `cos`, `sin` `[..., length, dim]`."""
     cos, sin = (part.unsqueeze(-2) for part in position_embeddings)
@@ -28,7 +44,11 @@ class ContextProjection(nn.Module):
         super().__init__()
         width, self.head_dim = config.context_width, config.cross_attention_head_dim
         inner = config.cross_attention_num_key_value_heads * self.head_dim
-        self.norm = build_norm(config, width) if config.cross_attention_context_norm else None
+        self.norm = None
+        if config.cross_attention_context_norm:
+            of_rms = config.cross_attention_norm == "rms_norm"
+            num_parts = len(config.context_layers)
+            self.norm = StateRMSNorm(width, num_parts, config.rms_norm_eps) if of_rms else build_norm(config, width)
         self.k_proj = nn.Linear(width, inner, bias=config.cross_attention_bias)
         self.v_proj = nn.Linear(width, inner, bias=config.cross_attention_bias)
 

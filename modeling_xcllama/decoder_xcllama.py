@@ -1,5 +1,8 @@
-"""XCLlamaModel: the decoder layers with cross-attention blocks between them, and the way from token ids to caches."""
+"""XCLlamaModel: the decoder layers with what reads contexts in or between them, and the way from ids to caches."""
 
+import copy
+import os
+from collections.abc import Collection
 from itertools import accumulate
 
 import torch
@@ -21,19 +24,22 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_xcllama import XCLlamaConfig
 from .context_cache import ContextCache, ProjectedContext
+from .context_checks import ContextChecksMixin
 from .context_encoding import (
     bare_encoder,
     batches_by_length,
+    check_sources,
     execution_device,
     num_positions,
     pad_right,
     unpad,
-    weights_digest,
     windows,
 )
-from .context_projection import ReadingPlan, by_head, project_hidden, rotate_keys
+from .context_projection import ReadingPlan, by_head, project_hidden, rotate_keys, row_positions
 from .cross_attention import resolve_implementation
 from .cross_attention_block import ContextProjection, CrossAttentionBlock
+from .fingerprint import KeptDigest
+from .joint_attention import ContextAdapter, ContextReader, JointAttention, JointReading
 
 
 class XCLlamaPreTrainedModel(LlamaPreTrainedModel):
@@ -45,7 +51,7 @@ class XCLlamaPreTrainedModel(LlamaPreTrainedModel):
     _can_record_outputs = {
         "hidden_states": LlamaDecoderLayer,
         "attentions": LlamaAttention,
-        "cross_attentions": OutputRecorder(CrossAttentionBlock, index=1),
+        "cross_attentions": [OutputRecorder(CrossAttentionBlock, index=1), OutputRecorder(ContextReader, index=1)],
     }
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -54,9 +60,17 @@ class XCLlamaPreTrainedModel(LlamaPreTrainedModel):
             for gate in (module.gate, module.mlp_gate):
                 if gate is not None:
                     init.constant_(gate, self.config.cross_attention_gate_init)
+        if isinstance(module, ContextAdapter):
+            init.zeros_(module.q_up_proj.weight)
+            init.zeros_(module.v_up_proj.weight)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
+        """`PreTrainedModel.save_pretrained`; the config says which caches the saved weights read."""
+        self.config.context_fingerprint = self.base_model.context_fingerprint()
+        super().save_pretrained(save_directory, **kwargs)
 
 
-class XCLlamaModel(XCLlamaPreTrainedModel, LlamaModel):
+class XCLlamaModel(ContextChecksMixin, XCLlamaPreTrainedModel, LlamaModel):
     """The decoder with its cross-attention blocks, and what encodes the contexts."""
 
     def __init__(self, config: XCLlamaConfig):
@@ -64,9 +78,22 @@ class XCLlamaModel(XCLlamaPreTrainedModel, LlamaModel):
         count = len(config.cross_attention_layers)
         num_blocks = 1 if config.cross_attention_share_weights else count
         num_projections = 1 if config.cross_attention_share_key_value else num_blocks
-        self.cross_attention_blocks = nn.ModuleList(CrossAttentionBlock(config) for _ in range(num_blocks))
+        blocks, adapters = (), ()
+        if config.reads_jointly:
+            for index, layer in enumerate(self.layers):
+                layer.self_attn = JointAttention(config, index)
+            if config.cross_attention_adapter_rank is not None:
+                adapters = (ContextAdapter(config) for _ in self.layers)
+        else:
+            blocks = (CrossAttentionBlock(config) for _ in range(num_blocks))
+        self.cross_attention_blocks = nn.ModuleList(blocks)
+        self.context_adapters = nn.ModuleList(adapters)
         self.context_projections = nn.ModuleList(ContextProjection(config) for _ in range(num_projections))
+        # the position of a layer among those that read, or that a block follows
         self.block_after = {layer: index for index, layer in enumerate(config.cross_attention_layers)}
+        # joint reading adds its mask to scores, whatever implementation the decoder's own attention has
+        self._dense_mask_config = copy.deepcopy(config)
+        self._dense_mask_config._attn_implementation = "eager"
         self.cross_rotary_emb = None
         if config.cross_attention_rope:
             rotary_config = LlamaModel.config_class(
@@ -78,7 +105,7 @@ class XCLlamaModel(XCLlamaPreTrainedModel, LlamaModel):
         self.encoder = (
             None if config.encoder_config is None else bare_encoder(AutoModel.from_config(config.encoder_config))
         )
-        self._encoding_versions: list[int] | None = None
+        self._kept_digest = KeptDigest()
         self.post_init()
 
     def _run_layers(
@@ -87,14 +114,16 @@ class XCLlamaModel(XCLlamaPreTrainedModel, LlamaModel):
         attention_mask: Tensor | None,
         position_ids: Tensor,
         past_key_values: Cache | None,
-        num_layers: int,
+        keep: Collection[int],
         context: ProjectedContext | None = None,
         **kwargs,
-    ) -> Tensor:
+    ) -> list[Tensor]:
+        """The inputs of the layers in `keep` (the number of layers: the last one's output), in rising order."""
+        joint = context is not None and self.config.reads_jointly
         sliding = self.config.sliding_window
         make_mask = create_causal_mask if sliding is None else create_sliding_window_causal_mask
         causal_mask = make_mask(
-            config=self.config,
+            config=self._dense_mask_config if joint else self.config,
             inputs_embeds=hidden_states,
             attention_mask=attention_mask,
             past_key_values=past_key_values,
@@ -102,13 +131,23 @@ class XCLlamaModel(XCLlamaPreTrainedModel, LlamaModel):
         )
         if sliding is not None:
             kwargs["sliding_window"] = sliding
-        position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
+        output_weights = bool(kwargs.get("output_attentions", self.config.output_attentions))
+        implementation = readings = cross_positions = None
         if context is not None:
             chosen = self.config.cross_attn_implementation
             implementation = resolve_implementation(chosen, hidden_states.device, context.keys[0])
-            rotary = self.cross_rotary_emb
-            cross_positions = None if rotary is None else rotary(hidden_states, position_ids=position_ids)
-        for index, layer in enumerate(self.layers[:num_layers]):
+            if self.cross_rotary_emb is not None:
+                cross_positions = self.cross_rotary_emb(hidden_states, position_ids=position_ids)
+        if joint:
+            readings = self._readings(context, position_ids, len(hidden_states), implementation, output_weights)
+            position_ids = self._after_documents(context, position_ids)
+        position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
+        kept = []
+        for index, layer in enumerate(self.layers[: max(keep)]):
+            if index in keep:
+                kept.append(hidden_states)
+            if joint:
+                kwargs["reading"] = readings[index]
             hidden_states = layer(
                 hidden_states,
                 attention_mask=causal_mask,
@@ -117,7 +156,7 @@ class XCLlamaModel(XCLlamaPreTrainedModel, LlamaModel):
                 past_key_values=past_key_values,
                 **kwargs,
             )
-            if context is not None and index in self.block_after:
+            if context is not None and not joint and index in self.block_after:
                 block = self.block_after[index]
                 # keys and values go by position: reentrant checkpointing tracks only positional tensors
                 hidden_states, _ = self.cross_attention_blocks[block % len(self.cross_attention_blocks)](
@@ -127,9 +166,39 @@ class XCLlamaModel(XCLlamaPreTrainedModel, LlamaModel):
                     context.rows,
                     implementation,
                     cross_positions,
-                    bool(kwargs.get("output_attentions", self.config.output_attentions)),
+                    output_weights,
                 )
-        return hidden_states
+        return [*kept, hidden_states]
+
+    def _readings(
+        self, context: ProjectedContext, position_ids: Tensor, batch: int, implementation: str, output_weights: bool
+    ) -> list[JointReading]:
+        """What each layer reads; tokens of `context_prefix` come before the context and do not see it."""
+        reads = (position_ids >= len(self.config.context_prefix or ())).expand(batch, -1)
+        rows_read = None
+        if context.rows.some_empty:
+            rows_read = torch.tensor([length > 0 for length in context.rows.lengths], device=reads.device)[
+                :, None, None
+            ]
+            reads = reads & rows_read[:, 0]
+        readings = []
+        for index in range(self.config.num_hidden_layers):
+            key = value = None
+            if index in self.block_after and any(context.rows.lengths):
+                place = self.block_after[index] % len(context.keys)
+                # None where a layer is kept from reading, to see what it brings
+                key, value = context.keys[place], context.values[place]
+            adapter = self.context_adapters[index] if len(self.context_adapters) else None
+            readings.append(
+                JointReading(key, value, context.rows, reads, rows_read, adapter, implementation, output_weights)
+            )
+        return readings
+
+    def _after_documents(self, context: ProjectedContext, position_ids: Tensor) -> Tensor:
+        """Positions of a row's own tokens: those of `context_prefix` stay, the others follow its longest document."""
+        lengths = [context.longest[index] for index in context.rows.context_index]
+        shift = torch.tensor(lengths, device=position_ids.device)[:, None]
+        return position_ids + shift * (position_ids >= len(self.config.context_prefix or ()))
 
     @merge_with_config_defaults
     @capture_outputs
@@ -151,12 +220,12 @@ class XCLlamaModel(XCLlamaPreTrainedModel, LlamaModel):
         if position_ids is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
-        hidden_states = self._run_layers(
+        (hidden_states,) = self._run_layers(
             inputs_embeds,
             attention_mask,
             position_ids,
             past_key_values,
-            self.config.num_hidden_layers,
+            (self.config.num_hidden_layers,),
             context,
             use_cache=use_cache,
             **kwargs,
@@ -186,6 +255,9 @@ class XCLlamaModel(XCLlamaPreTrainedModel, LlamaModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of `input_ids` and `inputs_embeds`.")
         batch = (input_ids if inputs_embeds is None else inputs_embeds).shape[0]
+        context = self.resolve_context(context_cache, context_input_ids, context_attention_mask, batch)
+        if context is not None and (past_key_values is None or not past_key_values.is_initialized):
+            self.check_projections(context)
         return self._decode(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -193,7 +265,7 @@ class XCLlamaModel(XCLlamaPreTrainedModel, LlamaModel):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            context=self.resolve_context(context_cache, context_input_ids, context_attention_mask, batch),
+            context=context,
             **kwargs,
         )
 
@@ -209,9 +281,8 @@ class XCLlamaModel(XCLlamaPreTrainedModel, LlamaModel):
         Raises:
             ValueError: two sources of contexts, another number of rows, or a cache that this model cannot read.
         """
+        check_sources(context_cache, context_input_ids, context_attention_mask)
         if context_input_ids is not None:
-            if context_cache is not None:
-                raise ValueError("give either `context_cache` or `context_input_ids`, not both.")
             context_cache = self._encode(context_input_ids, context_attention_mask)
         if context_cache is None:
             return None
@@ -228,21 +299,28 @@ class XCLlamaModel(XCLlamaPreTrainedModel, LlamaModel):
 
     def encode_batch(self, ids: Tensor, mask: Tensor) -> Tensor:
         """States `[num_contexts, length, width]` of right-padded ids."""
-        layer = self.config.context_layer
+        layers = self.config.context_layers
         if self.encoder is not None:
-            outputs = self.encoder(input_ids=ids, attention_mask=mask, output_hidden_states=layer is not None)
-            return outputs.last_hidden_state if layer is None else outputs.hidden_states[layer]
+            outputs = self.encoder(
+                input_ids=ids, attention_mask=mask, output_hidden_states=self.config.context_layer is not None
+            )
+            if self.config.context_layer is None:
+                return outputs.last_hidden_state
+            return torch.cat([outputs.hidden_states[layer] for layer in layers], dim=-1)
+        prefix = ids.new_tensor(self.config.context_prefix or [], dtype=ids.dtype).expand(len(ids), -1)
+        ids = torch.cat([prefix, ids], dim=1)
         positions = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0)
         # causal and padded on the right: no token that counts ever sees the padding, so no mask is needed
-        num_layers = self.config.num_hidden_layers if layer is None else layer
         with torch.no_grad():
-            states = self._run_layers(self.embed_tokens(ids), None, positions, None, num_layers, use_cache=False)
-            return self.norm(states) if layer in (None, self.config.num_hidden_layers) else states
+            states = self._run_layers(self.embed_tokens(ids), None, positions, None, layers, use_cache=False)
+            if layers[-1] == self.config.num_hidden_layers:
+                states[-1] = self.norm(states[-1])
+        return torch.cat(states, dim=-1)[:, prefix.shape[1] :]
 
     def encode_packed(self, sequences: list[Tensor]) -> Tensor:
         """States `[num_tokens, width]` of sequences of ids: batches of similar length, windows of long ones."""
         config = self.config if self.encoder is None else self.config.encoder_config
-        most = num_positions(config)
+        most = num_positions(config) - len(self.config.context_prefix or ())
         pieces = [(n, span) for n, ids in enumerate(sequences) for span in windows(len(ids), most)]
         encoded: dict[tuple, Tensor] = {}
         for batch in batches_by_length([end - start for _, (start, end) in pieces]):
@@ -306,91 +384,38 @@ class XCLlamaModel(XCLlamaPreTrainedModel, LlamaModel):
         if not dtype.is_floating_point:
             dtype = self.dtype
         cache = cache.to(execution_device(self.context_projections[0].k_proj))
-        plan = ReadingPlan.of(cache.offsets, cache.rows)
+        return self.project_states(cache.states, ReadingPlan.of(cache.offsets, cache.rows), cache, dtype)
+
+    def project_states(
+        self, states: dict, plan: ReadingPlan, cache: ContextCache | None = None, dtype: torch.dtype | None = None
+    ) -> ProjectedContext:
+        """Keys and values of `plan`'s tokens of `states`, as `project_context` makes them of a cache; no checks."""
+        device = next(iter(states.values())).device
+        dtype = self.context_projections[0].k_proj.weight.dtype if dtype is None else dtype
         if self.training and self.config.cross_attention_dropout:
-            plan = plan.drop_tokens(self.config.cross_attention_dropout, cache.device)
-        states = {name: state[plan.tokens] for name, state in cache.states.items()}
-        implementation = resolve_implementation(self.config.cross_attn_implementation, cache.device)
+            plan = plan.drop_tokens(self.config.cross_attention_dropout, device)
+        states = {name: state[plan.tokens] for name, state in states.items()}
+        implementation = resolve_implementation(self.config.cross_attn_implementation, device)
         projected = (
             [(states["key"], states["value"])]
-            if cache.layout == "condensed"
+            if "key" in states
             else project_hidden(states["hidden"], self.context_projections, dtype, implementation)
         )
+        start = len(self.config.context_prefix or ())
         keys, values = [], []
         for key, value in projected:
             if isinstance(key, Tensor):
                 key, value = key.to(dtype), value.to(dtype)
+            if self.config.reads_jointly:
+                # every document from the same start: its keys depend on no other one
+                key = rotate_keys(key, plan.positions + start, self.rotary_emb)
             if plan.repeat is not None:
                 key, value = key[plan.repeat], value[plan.repeat]
             if self.cross_rotary_emb is not None:
-                key = rotate_keys(key, plan.rows.offsets, self.cross_rotary_emb)
-            if cache.layout == "hidden" and implementation != "triton":
+                key = rotate_keys(key, row_positions(plan.rows.offsets), self.cross_rotary_emb)
+            if "hidden" in states and implementation != "triton":
                 key, value = by_head(key), by_head(value)
             keys.append(key)
             values.append(value)
-        return ProjectedContext(tuple(keys), tuple(values), plan.rows, cache, self.context_projections)
-
-    def check_cache(self, cache: ContextCache) -> None:
-        """Raise a ValueError that says why, if this model cannot read `cache`."""
-        config = self.config
-        if cache.layout != config.context_layout:
-            raise ValueError(
-                f"this cache has layout {cache.layout!r}, the model reads {config.context_layout!r}; encode again."
-            )
-        width = config.cross_attention_head_dim if cache.layout == "condensed" else config.context_width
-        heads = config.cross_attention_num_key_value_heads
-        for state in cache.states.values():
-            shape = tuple(state.shape[1:])
-            expected = (heads, width) if cache.layout == "condensed" else (width,)
-            if shape != expected and not (
-                cache.is_quantized and cache.layout == "hidden" and shape[0] * shape[1] == width
-            ):
-                raise ValueError(f"the states of this cache have shape {shape} a token, the model reads {expected}.")
-        if cache.fingerprint != self.context_fingerprint():
-            raise ValueError(
-                "this cache was made by another model, template or version of the weights: its fingerprint is "
-                f"{cache.fingerprint}, the model's {self.context_fingerprint()}; encode the contexts again."
-            )
-
-    def _encoding_tensors(self) -> dict[str, Tensor]:
-        """The weights that shape a context state, by name."""
-        if self.encoder is not None:
-            modules = {"encoder": self.encoder}
-        else:
-            layer = self.config.context_layer
-            modules = {"embed_tokens": self.embed_tokens, "layers": self.layers[:layer]}
-            if layer in (None, self.config.num_hidden_layers):
-                modules["norm"] = self.norm
-        if self.config.cross_attention_share_key_value:
-            modules["context_projections"] = self.context_projections
-        return {f"{prefix}.{name}": t for prefix, module in modules.items() for name, t in module.named_parameters()}
-
-    def context_fingerprint(self) -> str:
-        """Digest of the weights, config fields and template that shape the cached states.
-
-        Kept in the config; computed anew only when it is missing or when training changed one of the weights.
-        """
-        tensors = self._encoding_tensors()
-        versions = [tensor._version for tensor in tensors.values()]
-        if self.config.context_fingerprint is None or versions != self._encoding_versions:
-            if any(tensor.is_meta for tensor in tensors.values()):
-                # weights on disk are not trained: what was saved with them still holds
-                if self.config.context_fingerprint is not None:
-                    return self.config.context_fingerprint
-                raise ValueError("the weights that encode are offloaded: save the model once without `device_map`.")
-            fields = (
-                "context_layer",
-                "context_layout",
-                "template_version",
-                "rms_norm_eps",
-                "rope_parameters",
-                "cross_attention_norm",
-            )
-            shape = {field: getattr(self.config, field) for field in fields}
-            self.config.context_fingerprint = weights_digest(tensors.items(), shape)
-            self._encoding_versions = versions
-        return self.config.context_fingerprint
-
-    def trust_fingerprint(self) -> None:
-        """Take the fingerprint in the config as that of the weights as they are now (right after loading)."""
-        self._encoding_versions = [tensor._version for tensor in self._encoding_tensors().values()]
+        made_with = self.context_projections, self.projections_sample()
+        return ProjectedContext(tuple(keys), tuple(values), plan.rows, cache, *made_with, longest=plan.longest)

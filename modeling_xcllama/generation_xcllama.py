@@ -51,6 +51,8 @@ class ContextGenerationMixin:
         given = next((kwargs[name] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None), inputs)
         batch = None if given is None else given.shape[0]
         context = self.model.resolve_context(context_cache, context_input_ids, context_attention_mask, batch)
+        if context is not None:
+            self.model.check_projections(context)
         if assistant_model is not None:
             kwargs["assistant_model"] = assistant_model
         if context is not None:
@@ -166,9 +168,10 @@ class ContextGenerationMixin:
             logits_to_keep=1,
         )
         # the token at position i is written by what position i - 1 reads
-        return torch.stack([layer[:, :, prompt_length - 1 :].mean((1, 2)) for layer in outputs.cross_attentions]).mean(
-            0
-        )
+        weights = [layer[:, :, prompt_length - 1 :].mean((1, 2)) for layer in outputs.cross_attentions]
+        weights = torch.stack(weights).mean(0)
+        # joint reading shares its attention with the row's own tokens
+        return weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
 
 
 def draft_context(

@@ -4,14 +4,14 @@ import copy
 import json
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
@@ -21,19 +21,21 @@ from transformers.utils import can_return_tuple, logging
 
 from .configuration_xcllama import XCLlamaConfig
 from .context_cache import ContextCache, ProjectedContext
-from .context_encoding import bare_encoder, weights_digest
+from .context_encoding import bare_encoder
 from .cross_attention import log_implementation
 from .decoder_xcllama import XCLlamaModel, XCLlamaPreTrainedModel
 from .decoding_speed import decoding_products
+from .fingerprint import weights_digest
 from .generation_xcllama import ContextGenerationMixin
+from .least_squares import fit_least_squares
 from .pipeline_xcllama import TASK, ContextQuestionAnsweringPipeline
 from .warm_start import copy_self_attention, zero_gates
 
 logger = logging.get_logger(__name__)
 
 DECODER_TYPES = ("llama", "mistral")
-INITIALIZATIONS = ("self_attention", "zero", "random")
-ADDED_PREFIXES = ("model.cross_attention_blocks.", "model.context_projections.")
+INITIALIZATIONS = ("self_attention", "zero", "random", "least_squares")
+ADDED_PREFIXES = ("model.cross_attention_blocks.", "model.context_projections.", "model.context_adapters.")
 WEIGHTS_NAME = "cross_attention.safetensors"
 
 
@@ -137,9 +139,10 @@ class XCLlamaForCausalLM(ContextGenerationMixin, XCLlamaPreTrainedModel, LlamaFo
         return weights_digest(self.added_parameters())
 
     def base_digest(self) -> str:
-        """Digest of the frozen decoder's weights."""
+        """Digest of the frozen decoder's weights, sampled: it costs little at every load."""
         added = (*ADDED_PREFIXES, "model.encoder.")
-        return weights_digest((name, weight) for name, weight in self.named_parameters() if not name.startswith(added))
+        base = ((name, weight) for name, weight in self.named_parameters() if not name.startswith(added))
+        return weights_digest(base, sampled=True)
 
     @classmethod
     def from_decoder(
@@ -148,6 +151,7 @@ class XCLlamaForCausalLM(ContextGenerationMixin, XCLlamaPreTrainedModel, LlamaFo
         encoder: str | Path | PreTrainedModel | None = None,
         *,
         init: str = "self_attention",
+        texts: Iterable[str] | Iterable[list[int]] | None = None,
         dtype: torch.dtype | str = "auto",
         **config_overrides,
     ) -> "XCLlamaForCausalLM":
@@ -156,7 +160,10 @@ class XCLlamaForCausalLM(ContextGenerationMixin, XCLlamaPreTrainedModel, LlamaFo
         Args:
             base: model, folder or Hub id of a causal language model of type llama or mistral.
             encoder: model, folder or Hub id of a Hugging Face encoder (XC-LlamaEnc); None: the decoder encodes.
-            init: "self_attention" copies the decoder's projections, "zero" closes the gates, "random".
+            init: "self_attention" copies the decoder's projections, "least_squares" fits the context projections to
+                its keys and values of `texts` (no training), "zero" closes the gates, "random".
+            texts: for "least_squares": texts as they will be cached (the base's tokenizer is loaded), or their token
+                ids; about 20,000 tokens are enough for a small decoder.
             dtype: for a base or encoder that is loaded here.
             config_overrides: fields of `XCLlamaConfig`.
 
@@ -165,6 +172,8 @@ class XCLlamaForCausalLM(ContextGenerationMixin, XCLlamaPreTrainedModel, LlamaFo
         """
         if init not in INITIALIZATIONS:
             raise ValueError(f"`init` must be one of {', '.join(map(repr, INITIALIZATIONS))}, got {init!r}.")
+        if (init == "least_squares") != (texts is not None):
+            raise ValueError("`texts` and init='least_squares' go together: give both or none.")
         if not isinstance(base, PreTrainedModel):
             base = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
         if base.config.model_type not in DECODER_TYPES:
@@ -186,16 +195,19 @@ class XCLlamaForCausalLM(ContextGenerationMixin, XCLlamaPreTrainedModel, LlamaFo
         for name in ("rotary_emb", "cross_rotary_emb"):
             if (rotary := getattr(model.model, name)) is not None:
                 setattr(model.model, name, LlamaRotaryEmbedding(rotary.config).to(device))
-        for modules in (model.model.cross_attention_blocks, model.model.context_projections):
+        inner = model.model
+        for modules in (inner.cross_attention_blocks, inner.context_projections, inner.context_adapters):
             modules.to_empty(device=device)
             modules.apply(model._init_weights)
         if init == "self_attention":
             copy_self_attention(model.model)
         elif init == "zero":
             zero_gates(model.model)
+        elif init == "least_squares":
+            scores = fit_least_squares(model, token_ids(texts, base))
+            logger.info(f"least squares, R2 by layer: { {layer: round(score, 3) for layer, score in scores.items()} }")
         model.generation_config = base.generation_config
         model.freeze_base()
-        model.model.context_fingerprint()
         log_implementation(config.cross_attn_implementation, device)
         return model.train(base.training)
 
@@ -210,13 +222,11 @@ class XCLlamaForCausalLM(ContextGenerationMixin, XCLlamaPreTrainedModel, LlamaFo
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.freeze_base()
-        model.model.trust_fingerprint()
         log_implementation(model.config.cross_attn_implementation, model.device)
         return loaded
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
         """`PreTrainedModel.save_pretrained` with the code that remote loading needs."""
-        self.model.context_fingerprint()
         self.config.auto_map = {"AutoModel": "modeling_xcllama.XCLlamaModel"}
         implementation = f"pipeline_xcllama.{ContextQuestionAnsweringPipeline.__name__}"
         self.config.custom_pipelines = {TASK: {"impl": implementation, "pt": ["AutoModelForCausalLM"]}}
@@ -230,7 +240,7 @@ class XCLlamaForCausalLM(ContextGenerationMixin, XCLlamaPreTrainedModel, LlamaFo
         """
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
-        self.model.context_fingerprint()
+        self.config.context_fingerprint = self.model.context_fingerprint()
         self.config.base_model_digest = self.base_digest()
         tensors = {name: weight.detach().contiguous().cpu() for name, weight in self.added_parameters()}
         for name, weight in self.named_parameters():
@@ -259,7 +269,11 @@ class XCLlamaForCausalLM(ContextGenerationMixin, XCLlamaPreTrainedModel, LlamaFo
         saved = json.loads((folder / "config.json").read_text())
         ours = json.loads(self.config.to_json_string(use_diff=False))
         for field in ours:
-            if field.startswith("cross_attention_") or field in ("context_layer", "template_version"):
+            if field.startswith("cross_attention_") or field in (
+                "context_layer",
+                "context_prefix",
+                "template_version",
+            ):
                 if saved.get(field) != ours[field]:
                     raise ValueError(f"{folder} has `{field}`={saved.get(field)!r}, this model {ours[field]!r}.")
         with safe_open(folder / WEIGHTS_NAME, framework="pt") as file:
@@ -300,6 +314,16 @@ def keep_added_modules(quantization_config):
     added += [name.removeprefix("model.") for name in added]
     setattr(config, field, sorted({*(getattr(config, field) or ["lm_head"]), *added}))
     return config
+
+
+def token_ids(texts: Iterable[str] | Iterable[list[int]], base: PreTrainedModel) -> Iterator[list[int]]:
+    """Token ids of texts by the tokenizer of `base`; ids as they are."""
+    tokenizer = None
+    for text in texts:
+        if isinstance(text, str):
+            tokenizer = tokenizer or AutoTokenizer.from_pretrained(base.config._name_or_path)
+            text = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        yield list(text)
 
 
 def config_from_decoder(base: PreTrainedModel, encoder: PreTrainedModel | None, overrides: dict) -> XCLlamaConfig:

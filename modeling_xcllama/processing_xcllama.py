@@ -122,6 +122,14 @@ class XCLlamaProcessor(ProcessorMixin):
             prompts.append(self.tokenizer.apply_chat_template(messages, **options))
         return prompts
 
+    def context_prefix(self) -> list[int]:
+        """Token ids with which every prompt starts, before the question: what `XCLlamaConfig.context_prefix` takes."""
+        if not self.tokenizer.chat_template:
+            return self.tokenizer("")["input_ids"]
+        marker = "question"
+        head = self.prompts([marker])[0].rpartition(marker)[0]
+        return self.tokenizer(head, add_special_tokens=False)["input_ids"]
+
     def _contexts(
         self, documents: list[str], padding, truncation: bool, return_tensors: str | None, offsets: bool
     ) -> dict:

@@ -45,6 +45,8 @@ def _copy(target: nn.Linear, source: nn.Linear, num_source: int = 1, num_target:
 def copy_self_attention(model) -> None:
     """Block after layer i copies q, k, v, o and the input norm of layer i + 1 (of i where i is the last).
 
+    In joint mode there are only projections: that of layer i copies k, v and the input norm of layer i itself.
+
     Args:
         model: an `XCLlamaModel`. With a separate encoder only q, o and the query's norm are copied; shared modules
             copy what the first block would.
@@ -62,7 +64,13 @@ def copy_self_attention(model) -> None:
             f"{config.num_attention_heads} and `cross_attention_head_dim`={config.head_dim}, got "
             f"{config.cross_attention_num_heads} and {config.cross_attention_head_dim}; use init='random'."
         )
-    sources = [model.layers[min(index + 1, len(model.layers) - 1)] for index in config.cross_attention_layers]
+    if len(config.context_layers) > 1:
+        raise ValueError(
+            "init='self_attention' cannot read the states of several layers "
+            f"(`context_layer`={config.context_layers}); use init='least_squares' or 'random'."
+        )
+    step = 0 if config.reads_jointly else 1
+    sources = [model.layers[min(index + step, len(model.layers) - 1)] for index in config.cross_attention_layers]
     with torch.no_grad():
         for block, source in zip(model.cross_attention_blocks, sources, strict=False):
             block.input_norm.weight.copy_(source.input_layernorm.weight)

@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 from transformers.utils import hub
 
 from modeling_xcllama import XCLlamaForCausalLM
-from modeling_xcllama.context_encoding import weights_digest
+from modeling_xcllama.fingerprint import weights_digest
 from xcllama.publishing.uploading import Target, compare, upload
 
 TESTS = Path(__file__).resolve().parent
@@ -91,7 +91,7 @@ def make_checkpoint(cache: Path, folder: Path, encoder: PreTrainedModel | None =
 def make_adapter(cache: Path, folder: Path) -> Path:
     """A random LoRA adapter on `make_base`, with records such as scripts/train.py exports."""
     base = LlamaForCausalLM.from_pretrained(make_base(cache))
-    digest = weights_digest(base.named_parameters())
+    digest = weights_digest(base.named_parameters(), sampled=True)
     config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
     model = get_peft_model(base, config)
     model.peft_config["default"].base_model_name_or_path = BASE

@@ -80,7 +80,7 @@ def test_from_decoder_shares_and_freezes(tiny_base):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"init": "copy"}, "'self_attention', 'zero', 'random', got 'copy'"),
+        ({"init": "copy"}, "'random', 'least_squares', got 'copy'"),
         ({"cross_attention_layer": [1]}, "no field cross_attention_layer"),
         ({"cross_attention_num_heads": 2}, "init='self_attention' needs the decoder's heads"),
         ({"cross_attention_num_heads": 6, "init": "random", "cross_attention_num_key_value_heads": 4}, "multiple"),

@@ -9,15 +9,16 @@ from training_support import base_folder, batch_and_objective, equal, make_recip
 from transformers import BertConfig, BertModel, LlamaForCausalLM
 
 from modeling_xcllama import XCLlamaForCausalLM
+from modeling_xcllama.least_squares import fit_least_squares
 from xcllama.training.build import build_model, load_processor
 from xcllama.training.examples import ExamplePlan
-from xcllama.training.least_squares import fit_key_value
 from xcllama.training.objectives import Objective
 from xcllama.training.passages import read_passages
 from xcllama.training.prompts import Prompts
 from xcllama.training.recipe import recipe_from_dict
 from xcllama.training.run import make_collator, reads_stored_states, run_recipe
 from xcllama.training.stored_states import StoredStates, store_states
+from xcllama.training.teacher import Teacher, load_prompt_reader
 
 
 @pytest.mark.parametrize("rope", [False, True], ids=["", "rope"])
@@ -90,7 +91,7 @@ def test_least_squares_reproduces_the_keys_of_the_layer_that_follows(make_recipe
     prompts, passages = Prompts(load_processor(recipe)), read_passages(recipe.data, recipe.seed)
     model = build_model(recipe)
     ids = [prompts.context_ids(passage.text) for passage in passages]
-    scores = fit_key_value(model, ids)
+    scores = fit_least_squares(model, ids)
     # the block after layer 1 reads the very states that layer 2 starts from
     assert scores[1] > 0.99
     assert scores[1] >= scores[3] > 0
@@ -178,26 +179,47 @@ def test_prompt_baseline_reads_the_passage_and_closed_book_does_not(make_recipe)
     }
 
 
-def test_distillation_adds_the_divergence_from_a_teacher_that_reads_its_prompt(make_recipe):
-    recipe = make_recipe()
-    batch, objective, *_ = batch_and_objective(recipe)
-    assert batch.teacher_ids is None
-    values = recipe.to_dict() | {"distillation": {"weight": 1.0, "adapter": None, "temperature": 2.0}}
+def distilled(make_recipe, **distillation):
+    """A batch, a joint student of a recipe with `distillation`, its teacher, and the recipe."""
+    prefix = tiny_tokenizer()("<user>")["input_ids"]
+    config = {"cross_attention_mode": "joint", "context_layer": 1, "context_prefix": prefix}
+    values = make_recipe(model={"config": config, "init": "random"}).to_dict() | {"distillation": distillation}
     recipe = recipe_from_dict(values)
     batch, student, *_ = batch_and_objective(recipe)
-    teacher = LlamaForCausalLM.from_pretrained(recipe.model.base).requires_grad_(False)
-    distilled = Objective(student.model, recipe, teacher)
-    losses = distilled(batch)
-    # by hand: the teacher reads the passage in its prompt, the answers' positions are paired in order
-    teacher_logits = teacher(input_ids=batch.teacher_ids, attention_mask=batch.teacher_attention_mask).logits[:, :-1]
-    student_logits = student.model(
-        input_ids=batch.input_ids, attention_mask=batch.attention_mask, context_cache=student.context(batch)
-    ).logits[:, :-1]
-    first = (teacher_logits[batch.teacher_answer_mask[:, 1:]] / 2).log_softmax(-1)
-    second = (student_logits[batch.answer_mask[:, 1:]] / 2).log_softmax(-1)
-    divergence = 4 * (first.exp() * (first - second)).sum()
-    assert divergence > 0
-    torch.testing.assert_close(losses.objective - losses.answer, divergence, rtol=1e-3, atol=1e-4)
+    return batch, student, Teacher(load_prompt_reader(recipe, None), prefix), recipe
+
+
+def test_a_teacher_reads_the_passage_in_its_prompt(make_recipe):
+    batch, _, teacher, recipe = distilled(make_recipe, weight=1.0)
+    read = teacher.hidden_states(batch.input_ids, batch.attention_mask, batch.passages(), batch.own)[-1]
+    plain, start = LlamaForCausalLM.from_pretrained(recipe.model.base), len(teacher.prefix)
+    for row, passage in enumerate(batch.own):
+        own = batch.input_ids[row][batch.attention_mask[row].bool()]
+        assert own[:start].tolist() == teacher.prefix
+        prompt = torch.cat([own[:start], batch.passages()[passage], own[start:]])
+        wanted = plain.model(prompt[None]).last_hidden_state[0, start - len(own) :]
+        torch.testing.assert_close(read[row, start : len(own)], wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_distillation_adds_divergence_and_distance_from_the_teacher(make_recipe):
+    section = {"weight": 1.0, "temperature": 2.0, "hidden_weight": 0.5, "hidden_layers": [1, 2]}
+    batch, student, teacher, recipe = distilled(make_recipe, **section)
+    losses = Objective(student.model, recipe, teacher).train()(batch)
+    wanted = teacher.hidden_states(batch.input_ids, batch.attention_mask, batch.passages(), batch.own)
+    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    outputs = student.model(**inputs, context_cache=student.context(batch), output_hidden_states=True)
+    answer = batch.answer_mask[:, 1:]
+    first = (student.model.lm_head(wanted[-1])[:, :-1][answer] / 2).log_softmax(-1)
+    second = (outputs.logits[:, :-1][answer] / 2).log_softmax(-1)
+    expected = 4 * (first.exp() * (first - second)).sum()
+    counted = batch.attention_mask.bool() & (torch.arange(batch.input_ids.shape[1]) >= len(teacher.prefix))
+    for layer in (1, 2):
+        near, far = outputs.hidden_states[layer][counted], wanted[layer][counted]
+        expected = expected + 0.25 * ((near - far).square().sum(-1) / far.square().sum(-1)).sum()
+    torch.testing.assert_close(losses.objective - losses.answer, expected, rtol=1e-3, atol=1e-4)
+    # held-out losses need no teacher
+    held_out = Objective(student.model, recipe, teacher).eval()(batch)
+    torch.testing.assert_close(held_out.objective, held_out.answer)
 
 
 def test_stored_states_are_computed_once(make_recipe, tmp_path):

@@ -19,7 +19,7 @@ from transformers import LlamaForCausalLM
 
 from dataset_builders.provenance import write_result
 from modeling_xcllama.checkpoints import load_checkpoint as load_checkpoint_folder
-from modeling_xcllama.context_encoding import weights_digest
+from modeling_xcllama.fingerprint import weights_digest
 from xcllama.publishing.model_card import readme
 from xcllama.training.build import build_model
 from xcllama.training.checkpoints import checkpoints, load_checkpoint
@@ -315,7 +315,7 @@ def test_an_exported_adapter_names_its_base(make_recipe, base_folder, tmp_path):
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["base_model_name_or_path"] == "org/base"
     digest = json.loads((tmp_path / "out" / "training.json").read_text())["base_digest"]
     base = LlamaForCausalLM.from_pretrained(base_folder)
-    assert digest == weights_digest(base.named_parameters())
+    assert digest == weights_digest(base.named_parameters(), sampled=True)
     card = readme(tmp_path / "out", tmp_path)
     assert "base_model_relation: adapter" in card
     assert f"`{digest}`" in card

@@ -1,7 +1,6 @@
 """The model of a recipe: a frozen decoder with what the recipe adds and trains."""
 
 import logging
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -78,25 +77,6 @@ def _lora(base: PreTrainedModel, recipe: Recipe) -> nn.Module:
 def in_frozen_precision(model: nn.Module) -> torch.autocast:
     """The context in which `model` runs: frozen weights are stored in 16 bits, trained ones in 32."""
     return torch.autocast(model.device.type, dtype=model.dtype, enabled=model.dtype != torch.float32)
-
-
-def load_teacher(recipe: Recipe) -> nn.Module | None:
-    """The teacher of a recipe that distils: its base, with the adapter that the recipe names.
-
-    Raises:
-        ValueError: the adapter is no folder of an adapter.
-    """
-    if not recipe.distillation.weight:
-        return None
-    teacher = AutoModelForCausalLM.from_pretrained(find_model(recipe.model.base), dtype=torch.bfloat16).eval()
-    adapter = recipe.distillation.adapter
-    if adapter is not None:
-        if not (Path(adapter) / "adapter_config.json").is_file():
-            raise ValueError(f"`distillation.adapter` must be a folder with an adapter_config.json, got {adapter!r}.")
-        from peft import PeftModel
-
-        teacher = PeftModel.from_pretrained(teacher, adapter)
-    return teacher.requires_grad_(False)
 
 
 def parameter_counts(model: nn.Module) -> dict[str, int]:

@@ -4,7 +4,7 @@ import dataclasses
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -28,10 +28,10 @@ class Batch:
         context_ids: int `[num_tokens]`, the token ids of the passages.
         offsets: first token of each passage and the end of the last.
         rows: the passages that each row reads.
+        own: the passage that each row's question is about.
         span_positions: int `[num_spans, 2]`, the row and the position that predict an answer token which the row's
             context holds; None unless asked for.
         span_mask: bool `[num_spans, longest context]`, where in the row's context that token stands.
-        teacher_ids, teacher_attention_mask, teacher_answer_mask: the same examples with the passages in the prompt.
     """
 
     keys: tuple[str, ...]
@@ -43,16 +43,18 @@ class Batch:
     context_ids: Tensor
     offsets: tuple[int, ...]
     rows: tuple[tuple[int, ...], ...]
+    own: tuple[int, ...]
     span_positions: Tensor | None = None
     span_mask: Tensor | None = None
-    teacher_ids: Tensor | None = None
-    teacher_attention_mask: Tensor | None = None
-    teacher_answer_mask: Tensor | None = None
 
     @property
     def num_targets(self) -> int:
         """Answer tokens that are predicted."""
         return int(self.answer_mask[:, 1:].sum())
+
+    def passages(self) -> list[Tensor]:
+        """Token ids of each passage."""
+        return list(self.context_ids.split([end - start for start, end in pairwise(self.offsets)]))
 
     def to(self, device: torch.device) -> "Batch":
         """The batch with its tensors on `device`."""
@@ -74,7 +76,6 @@ class Collator:
         states: stored states, `states[index]` is `[length, width]`; None: the model encodes, or nothing is read.
         in_prompt: put the passages into the prompt (the LoRA baseline) instead of the context.
         context_dropout: share of a passage's tokens that no row may read; never the first, which draws idle attention.
-        teacher: add the same examples with the passages in the prompt.
         spans: say where the answers stand in the contexts.
     """
 
@@ -86,21 +87,16 @@ class Collator:
         states: StoredStates | None = None,
         in_prompt: bool = False,
         context_dropout: float = 0.0,
-        teacher: bool = False,
         spans: bool = False,
     ):
         self.prompts, self.passages, self.context_ids, self.states = prompts, passages, context_ids, states
         self.in_prompt, self.context_dropout = in_prompt, context_dropout
-        self.teacher, self.spans = teacher, spans
+        self.spans = spans
 
     def __call__(self, examples: list[Example]) -> Batch:
         """The batch of `examples`, in their order; each distinct passage is stored once."""
-        encoded = [self._encode(example, self.in_prompt) for example in examples]
+        encoded = [self._encode(example) for example in examples]
         ids, attention, answers, questions = self._pad(encoded)
-        teacher = {}
-        if self.teacher:
-            names = ("teacher_ids", "teacher_attention_mask", "teacher_answer_mask")
-            teacher = dict(zip(names, self._pad([self._encode(example, True) for example in examples]), strict=False))
         used = list(dict.fromkeys(passage for example in examples for passage in example.passages))
         kept = {passage: self._kept(passage, examples) for passage in used}
         place = {passage: position for position, passage in enumerate(used)}
@@ -121,13 +117,13 @@ class Collator:
             torch.cat(context_ids),
             tuple(accumulate((len(item) for item in context_ids), initial=0)),
             tuple(tuple(place[passage] for passage in example.passages) for example in examples),
+            tuple(place[example.own] for example in examples),
             **spans,
-            **teacher,
         )
 
-    def _encode(self, example: Example, in_prompt: bool) -> tuple[list[int], int, slice]:
+    def _encode(self, example: Example) -> tuple[list[int], int, slice]:
         """(token ids, where the answer starts, where the question stands)."""
-        passages = [self.passages[passage] for passage in example.passages] if in_prompt else None
+        passages = [self.passages[passage] for passage in example.passages] if self.in_prompt else None
         prompt, question = self.prompts.prompt_ids(example.question, example.history, passages)
         return prompt + self.prompts.answer_ids(example.answer), len(prompt), question
 

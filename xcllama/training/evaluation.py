@@ -36,6 +36,7 @@ class HeldOut:
         return [
             Example(
                 ((index + shift) % count,),
+                (index + shift) % count,
                 "answer",
                 self.questions[index],
                 self.answers[index],

@@ -1,7 +1,7 @@
 """The examples of every step, as a function of the recipe and the step's number: a run resumes from its step alone."""
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from xcllama.training.label_free import LABEL_FREE
 from xcllama.training.passages import Passage, Question, Turn
@@ -17,10 +17,12 @@ class Example:
 
     Args:
         passages: indices of the passages to read; more than one when distractors are joined.
+        own: the one of them that the question is about.
         key: names the example; whatever is random about it (dropped context tokens) depends on the key alone.
     """
 
     passages: tuple[int, ...]
+    own: int
     task: str
     question: str
     answer: str
@@ -69,7 +71,19 @@ class ExamplePlan:
         groups.sort(key=_length)
         steps = [groups[start : start + size] for start in range(0, len(groups), size)]
         generator.shuffle(steps)
-        return steps
+        return [self._joined(step, generator) for step in steps]
+
+    def _joined(self, step: list[list[Example]], generator: random.Random) -> list[list[Example]]:
+        """The step with up to `distractors` other passages beside each, which its forward pass encodes anyway."""
+        size, most = max(1, len(step) // self.recipe.optimization.accumulate), self.recipe.data.distractors
+        joined = []
+        for place, group in enumerate(step):
+            own, first = group[0].own, place - place % size
+            others = sorted({other[0].own for other in step[first : first + size]} - {own})
+            drawn = generator.sample(others, min(len(others), generator.randint(0, most)))
+            passages = tuple(generator.sample([own, *drawn], 1 + len(drawn)))
+            joined.append([replace(example, passages=passages) for example in group])
+        return joined
 
     def _draw(self, generator: random.Random) -> tuple[str, int]:
         """A task, and a passage that can serve it."""
@@ -88,10 +102,8 @@ class ExamplePlan:
             questions = generator.sample(asked, min(count, len(asked)))
         else:
             questions = self._label_free(task, index, count, generator)
-        used = (index, *self._distractors(index, generator))
-        used = tuple(generator.sample(used, len(used)))
         return [
-            Example(used, task, item.text, item.answer, item.history, f"{key}:{number}")
+            Example((index,), index, task, item.text, item.answer, item.history, f"{key}:{number}")
             for number, item in enumerate(questions)
         ]
 
@@ -108,15 +120,6 @@ class ExamplePlan:
             if found:
                 break
         return list(found.values())
-
-    def _distractors(self, index: int, generator: random.Random) -> list[int]:
-        others: list[int] = []
-        count = min(self.recipe.data.distractors, len(self.passages) - 1)
-        while len(others) < count:
-            other = generator.randrange(len(self.passages))
-            if other != index and other not in others:
-                others.append(other)
-        return others
 
 
 def _length(examples: list[Example]) -> int:

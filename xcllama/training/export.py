@@ -12,7 +12,7 @@ import yaml
 from torch import nn
 
 from modeling_xcllama.checkpoints import find_model
-from modeling_xcllama.context_encoding import weights_digest
+from modeling_xcllama.fingerprint import weights_digest
 from xcllama.training.build import load_processor, parameter_counts
 from xcllama.training.checkpoints import checkpoints, write_json
 from xcllama.training.curve import write_curve
@@ -75,7 +75,7 @@ def _base_digest(recipe: Recipe, model: nn.Module) -> str:
     if recipe.method == "cross_attention":
         return model.base_digest()
     named = [(name.replace(".base_layer", ""), weight) for name, weight in model.get_base_model().named_parameters()]
-    return weights_digest((name, weight) for name, weight in named if ".lora_" not in name)
+    return weights_digest(((name, weight) for name, weight in named if ".lora_" not in name), sampled=True)
 
 
 def training_figures(recipe: Recipe, model: nn.Module, run_folder: Path, questions: int) -> dict[str, Any]:

@@ -1,24 +1,23 @@
-"""What is minimized: likelihood of the answer and, where a recipe asks for them, three more.
+"""What is minimized: likelihood of the answer and, where a recipe asks for them, more.
 
-They are the likelihood of the question, attention to where the answer stands in the context, and KL to a teacher that
-reads a prompt.
+The likelihood of the question, attention to where the answer stands in the context, and how far a model is from its
+teacher, which reads the passage in its prompt: KL on the answer, distance of hidden states on every token.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import accumulate
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from modeling_xcllama.context_cache import ContextCache, ProjectedContext
-from modeling_xcllama.context_projection import rotate_keys
+from modeling_xcllama.context_projection import ReadingPlan
 from modeling_xcllama.cross_attention import ContextRows
 from xcllama.training.build import in_frozen_precision
 from xcllama.training.collator import Batch
 from xcllama.training.recipe import Recipe
+from xcllama.training.teacher import Teacher
 
 # attention of a block that rests on the answer, as a mean over heads, from which on more is not asked for
 SPAN_ATTENTION = 0.5
@@ -43,18 +42,18 @@ class Objective(nn.Module):
     Args:
         model: an `XCLlamaForCausalLM`, or a decoder (peft's too) that reads its prompt or nothing.
         recipe: weights of the parts of the loss.
-        teacher: a frozen decoder that reads the passages in its prompt; needs batches with `teacher_ids`.
+        teacher: of a recipe that distils.
     """
 
-    def __init__(self, model: nn.Module, recipe: Recipe, teacher: nn.Module | None = None):
+    def __init__(self, model: nn.Module, recipe: Recipe, teacher: Teacher | None = None):
         super().__init__()
         self.model = model
         self.question_loss, self.span_loss = recipe.optimization.question_loss, recipe.optimization.span_loss
         self.span_layers = recipe.optimization.span_layers
         self.distillation = recipe.distillation
         self.reads_context = recipe.method == "cross_attention"
-        # not a submodule: it is neither trained nor saved
-        self._teacher = (teacher,)
+        # no module: it is neither trained nor saved
+        self._teacher = teacher
 
     def forward(self, batch: Batch) -> Losses:
         """The losses of a batch; logits are computed for the targets alone."""
@@ -65,9 +64,14 @@ class Objective(nn.Module):
         causal = _causal(self.model)
         context = {"context_cache": self.context(batch)} if self.reads_context else {}
         with _inputs_of(self._drawn_blocks(causal) if batch.span_mask is not None else []) as inputs:
-            hidden = causal.model(
-                input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, **context
-            ).last_hidden_state[:, :-1]
+            outputs = causal.model(
+                input_ids=batch.input_ids,
+                attention_mask=batch.attention_mask,
+                use_cache=False,
+                output_hidden_states=bool(self.distillation.hidden_layers),
+                **context,
+            )
+        hidden = outputs.last_hidden_state[:, :-1]
         targets, answer = batch.input_ids[:, 1:], batch.answer_mask[:, 1:]
         read = answer | batch.question_mask[:, 1:] if self.question_loss else answer
         logits = causal.lm_head(hidden[read]).float()
@@ -77,8 +81,8 @@ class Objective(nn.Module):
         objective = answer_loss + self.question_loss * losses[~of_answer].sum() if self.question_loss else answer_loss
         if batch.span_mask is not None and len(batch.span_mask):
             objective = objective + self.span_loss * _span_loss(batch, inputs)
-        if self.distillation.weight:
-            objective = objective + self.distillation.weight * self._divergence(batch, logits[of_answer])
+        if self._teacher is not None and self.training:
+            objective = objective + self._distance(batch, outputs.hidden_states, logits[of_answer])
         return Losses(objective, answer_loss)
 
     def context(self, batch: Batch) -> ContextCache | ProjectedContext:
@@ -92,35 +96,32 @@ class Objective(nn.Module):
         # fingerprints of trained weights change with every step, so no cache is made of their states
         states = batch.context_states
         if states is None:
-            sizes = [end - start for start, end in zip(batch.offsets[:-1], batch.offsets[1:], strict=True)]
-            states = model.encode_packed(batch.context_ids.split(sizes))
-        tokens, rows = _joined(batch.offsets, batch.rows)
-        pairs = [projection(states) for projection in model.context_projections]
-        if tokens is not None:
-            pairs = [(key[tokens], value[tokens]) for key, value in pairs]
-        if model.cross_rotary_emb is not None:
-            pairs = [(rotate_keys(key, rows.offsets, model.cross_rotary_emb), value) for key, value in pairs]
-        keys, values = zip(*pairs, strict=True)
-        return ProjectedContext(tuple(keys), tuple(values), rows, None, model.context_projections)
+            states = model.encode_packed(batch.passages())
+        return model.project_states({"hidden": states}, ReadingPlan.of(batch.offsets, batch.rows))
 
     def _drawn_blocks(self, causal: nn.Module) -> list[nn.Module]:
         blocks = causal.model.cross_attention_blocks
         return [blocks[causal.model.block_after[layer]] for layer in self.span_layers]
 
-    @torch.no_grad()
-    def _teacher_logits(self, batch: Batch) -> Tensor:
-        causal = _causal(self._teacher[0])
-        hidden = causal.model(
-            input_ids=batch.teacher_ids, attention_mask=batch.teacher_attention_mask, use_cache=False
-        ).last_hidden_state[:, :-1]
-        return causal.lm_head(hidden[batch.teacher_answer_mask[:, 1:]]).float()
-
-    def _divergence(self, batch: Batch, logits: Tensor) -> Tensor:
-        """KL(teacher || student) summed over the answer tokens."""
-        temperature = self.distillation.temperature
-        teacher = functional.log_softmax(self._teacher_logits(batch) / temperature, -1)
-        student = functional.log_softmax(logits / temperature, -1)
-        return functional.kl_div(student, teacher, log_target=True, reduction="sum") * temperature**2
+    def _distance(self, batch: Batch, hidden_states: tuple[Tensor, ...] | None, logits: Tensor) -> Tensor:
+        """How far the batch is from the teacher, summed over tokens."""
+        wanted = self._teacher.hidden_states(batch.input_ids, batch.attention_mask, batch.passages(), batch.own)
+        section, distance = self.distillation, logits.new_zeros(())
+        if section.weight:
+            teacher_logits = self._teacher.model.lm_head(wanted[-1][:, :-1][batch.answer_mask[:, 1:]]).float()
+            teacher = functional.log_softmax(teacher_logits / section.temperature, -1)
+            student = functional.log_softmax(logits / section.temperature, -1)
+            divergence = functional.kl_div(student, teacher, log_target=True, reduction="sum")
+            distance = distance + section.weight * section.temperature**2 * divergence
+        if section.hidden_layers:
+            counted = batch.attention_mask.bool()
+            # the prefix does not see the context, and its states are huge
+            counted[:, : len(self._teacher.prefix)] = False
+            for layer in section.hidden_layers:
+                near, far = hidden_states[layer][counted].float(), wanted[layer][counted].float()
+                relative = (near - far).square().sum(-1) / far.square().sum(-1)
+                distance = distance + section.hidden_weight / len(section.hidden_layers) * relative.sum()
+        return distance
 
 
 def _span_loss(batch: Batch, inputs: list[tuple[nn.Module, tuple]]) -> Tensor:
@@ -152,15 +153,3 @@ def _inputs_of(modules: list[nn.Module]) -> Iterator[list[tuple[nn.Module, tuple
 def _causal(model: nn.Module) -> nn.Module:
     """The causal language model itself, without peft's wrapper."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def _joined(offsets: tuple[int, ...], rows: tuple[tuple[int, ...], ...]) -> tuple[Tensor | None, ContextRows]:
-    """Indices that put the passages of each distinct row back to back (None: they are), and where rows find them."""
-    distinct = list(dict.fromkeys(rows))
-    place = {row: position for position, row in enumerate(distinct)}
-    lengths = [sum(offsets[passage + 1] - offsets[passage] for passage in row) for row in distinct]
-    context_rows = ContextRows(tuple(accumulate(lengths, initial=0)), tuple(place[row] for row in rows))
-    order = [passage for row in distinct for passage in row]
-    if order == list(range(len(offsets) - 1)):
-        return None, context_rows
-    return torch.cat([torch.arange(offsets[passage], offsets[passage + 1]) for passage in order]), context_rows

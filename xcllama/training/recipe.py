@@ -34,6 +34,8 @@ class ModelSection:
         transfer_from: folder of trained added weights of another layout to start from; see `transfer.py`.
         follow_steps: steps of a separate encoder on the keys and values of `transfer_from`; see `following.py`.
         least_squares_passages: passages for the closed-form start of k and v (0: keep what `init` gave).
+        adapter_from: peft folder of a LoRA on q and v, from which the context adapters of joint mode start; least
+            squares then fit the keys and values of the decoder with it.
         start_from: run folder of an earlier stage; its newest weights are where this one starts.
         config: fields of `XCLlamaConfig`.
         lora: fields of peft's `LoraConfig`.
@@ -49,6 +51,7 @@ class ModelSection:
     transfer_from: str | None = None
     follow_steps: int = 0
     least_squares_passages: int = 0
+    adapter_from: str | None = None
     start_from: str | None = None
     config: dict[str, Any] = field(default_factory=dict)
     lora: dict[str, Any] = field(
@@ -67,7 +70,7 @@ class DataSection:
         windows: windows taken from a longer passage.
         max_answer_words: questions with longer answers are left out.
         max_history: earlier turns kept in front of a question.
-        distractors: other passages joined to the right one.
+        distractors: most other passages joined to the right one, drawn from its forward pass; their number varies.
         max_passages: passages read from each source (None: all).
         renamed: passages that are added once more with invented names and numbers.
     """
@@ -121,15 +124,19 @@ class OptimizationSection:
 
 @dataclass(frozen=True)
 class DistillationSection:
-    """KL to a teacher that reads the passage in its prompt.
+    """A teacher that reads the passage in its prompt: the same frozen decoder.
 
     Args:
-        weight: weight of the KL beside the likelihood of the answer (0: no teacher).
+        weight: weight of the KL on answer tokens beside the likelihood of the answer.
+        hidden_weight: weight of the relative squared distance of hidden states, on every token after the context.
+        hidden_layers: indices into `output_hidden_states` where they are compared.
         adapter: peft folder of the teacher (None: the untuned base).
         temperature: of both distributions.
     """
 
     weight: float = 0.0
+    hidden_weight: float = 0.0
+    hidden_layers: tuple[int, ...] = ()
     adapter: str | None = None
     temperature: float = 1.0
 
@@ -141,6 +148,7 @@ class RunSection:
     Args:
         base_id, encoder_id: Hub ids to write into the exported config (None: `model.base`, `model.encoder`).
         stop_step: end after this step, in the middle of the schedule (a stage that another recipe goes on from).
+        store_states: compute the states of all passages first and keep them on disk; false: as they are needed.
         keep: newest checkpoints that are kept.
         evaluate_steps: steps between two looks at held-out questions (0: none).
         trackers: of accelerate, as "tensorboard" or "wandb".
@@ -149,6 +157,7 @@ class RunSection:
     base_id: str | None = None
     encoder_id: str | None = None
     stop_step: int | None = None
+    store_states: bool = True
     save_steps: int = 200
     keep: int = 2
     log_steps: int = 20
@@ -194,8 +203,13 @@ class Recipe:
         for name in ("warmup", "context_dropout", "start_share"):
             if not 0 <= getattr(optimization, name) < 1:
                 raise ValueError(f"`optimization.{name}` must lie in [0, 1), got {getattr(optimization, name)}.")
-        if self.distillation.weight and self.method != "cross_attention":
-            raise ValueError(f"`distillation` needs method 'cross_attention', got {self.method!r}.")
+        if self.distilled and (self.method != "cross_attention" or self.model.encoder is not None):
+            raise ValueError(
+                f"`distillation` needs method 'cross_attention' and no `model.encoder`, got {self.method!r} and "
+                f"{self.model.encoder!r}."
+            )
+        if bool(self.distillation.hidden_weight) != bool(self.distillation.hidden_layers):
+            raise ValueError("`distillation.hidden_weight` and `distillation.hidden_layers` go together.")
         if optimization.start_share and self.model.start_from is None:
             raise ValueError(f"`optimization.start_share` ({optimization.start_share}) needs `model.start_from`.")
         if optimization.span_loss:
@@ -217,6 +231,11 @@ class Recipe:
             raise ValueError("`model.start_from` brings all weights: no `transfer_from`, no `least_squares_passages`.")
         if "squad_sample" in data.sources:
             raise ValueError("`data.sources` must not hold squad_sample: it is for evaluation only.")
+
+    @property
+    def distilled(self) -> bool:
+        """Whether a teacher is followed."""
+        return bool(self.distillation.weight or self.distillation.hidden_weight)
 
     @property
     def digest(self) -> str:

@@ -11,13 +11,13 @@ from torch import nn
 
 from dataset_builders.wheels import cache_folder
 from modeling_xcllama.checkpoints import load_checkpoint as load_added_weights
-from xcllama.training.build import build_model, load_processor, load_teacher, parameter_counts
+from modeling_xcllama.least_squares import fit_least_squares
+from xcllama.training.build import build_model, load_processor, parameter_counts
 from xcllama.training.checkpoints import load_checkpoint, open_run
 from xcllama.training.collator import Batch, Collator
 from xcllama.training.evaluation import HeldOut, answer_losses, read_held_out
 from xcllama.training.examples import Example, ExamplePlan
 from xcllama.training.following import follow
-from xcllama.training.least_squares import fit_key_value
 from xcllama.training.loop import Setup, make_accelerator, train
 from xcllama.training.objectives import Objective
 from xcllama.training.passages import read_passages
@@ -25,6 +25,7 @@ from xcllama.training.prompts import Prompts
 from xcllama.training.recipe import Recipe
 from xcllama.training.renaming import with_renamed
 from xcllama.training.stored_states import StoredStates, encode_in_memory, store_states
+from xcllama.training.teacher import Teacher, load_prompt_reader, start_adapters
 from xcllama.training.transfer import transfer
 
 logger = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ def run_recipe(recipe: Recipe, folder: Path, resume: bool = False) -> nn.Module:
     logger.info("%d passages; %d trained and %d frozen weights", len(passages), counts["trained"], counts["frozen"])
     if recipe.model.least_squares_passages and not resume:
         _start(recipe, model, prompts, [passage.text for passage in passages])
-    objective = Objective(model, recipe, _to_device(load_teacher(recipe), accelerator))
+    objective = Objective(model, recipe, _teacher(recipe, model, accelerator))
     if recipe.model.start_from is not None and not load_checkpoint(Path(recipe.model.start_from), objective):
         raise ValueError(
             f"`model.start_from` ({recipe.model.start_from}) holds no checkpoint; train that stage first."
@@ -66,7 +67,11 @@ def _start(recipe: Recipe, model: nn.Module, prompts: Prompts, texts: list[str])
     section = recipe.model
     few = texts[: section.least_squares_passages]
     if section.transfer_from is None:
-        fit_key_value(model, [prompts.context_ids(text) for text in few])
+        reader = None if section.adapter_from is None else load_prompt_reader(recipe, section.adapter_from)
+        scores = fit_least_squares(model, [prompts.context_ids(text) for text in few], reader)
+        logger.info("least squares, R2 by layer: %s", {layer: round(score, 3) for layer, score in scores.items()})
+        if section.adapter_from is not None:
+            start_adapters(model, section.adapter_from, recipe)
         return
     source, target = load_added_weights(section.transfer_from, dtype=model.dtype), (model, prompts.processor)
     transfer(source, target, few)
@@ -119,7 +124,6 @@ def make_collator(
         states,
         in_prompt=recipe.method == "lora_prompt",
         context_dropout=recipe.optimization.context_dropout if training else 0.0,
-        teacher=training and recipe.distillation.weight > 0,
         spans=training and recipe.optimization.span_loss > 0,
     )
 
@@ -156,7 +160,7 @@ def reads_stored_states(recipe: Recipe) -> bool:
 def _stored(
     recipe: Recipe, model: nn.Module, context_ids: list[list[int]], accelerator: Accelerator
 ) -> StoredStates | None:
-    if not reads_stored_states(recipe):
+    if not reads_stored_states(recipe) or not recipe.run.store_states:
         return None
     model.to(accelerator.device)
     with accelerator.main_process_first():
@@ -185,5 +189,8 @@ def held_out_collator(recipe: Recipe, prompts: Prompts, model: nn.Module, held_o
     return make_collator(recipe, prompts, held_out.passages, held_out.context_ids, states, training=False)
 
 
-def _to_device(teacher: nn.Module | None, accelerator: Accelerator) -> nn.Module | None:
-    return None if teacher is None else teacher.to(accelerator.device)
+def _teacher(recipe: Recipe, model: nn.Module, accelerator: Accelerator) -> Teacher | None:
+    if not recipe.distilled:
+        return None
+    reader = load_prompt_reader(recipe, recipe.distillation.adapter)
+    return Teacher(reader, model.config.context_prefix).to(accelerator.device)

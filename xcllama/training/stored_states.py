@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from modeling_xcllama import ContextCache, XCLlamaForCausalLM
-from modeling_xcllama.context_encoding import weights_digest
 
 logger = logging.getLogger(__name__)
 
@@ -80,18 +79,5 @@ def _encode(model: XCLlamaForCausalLM, passages: list[list[int]]) -> ContextCach
 
 
 def encoder_digest(model: XCLlamaForCausalLM) -> str:
-    """Digest of what shapes the states: weights up to the cached layer, their dtype, the layer."""
-    config = model.config
-    depth = config.num_hidden_layers if config.context_layer is None else config.context_layer
-    modules = (
-        {"encoder": model.model.encoder}
-        if model.model.encoder is not None
-        else {
-            "embed_tokens": model.model.embed_tokens,
-            "layers": model.model.layers[:depth],
-        }
-    )
-    weights = (
-        (f"{name}.{key}", weight) for name, module in modules.items() for key, weight in module.named_parameters()
-    )
-    return weights_digest(weights, {"context_layer": config.context_layer, "dtype": str(model.dtype)})
+    """Digest of what shapes the states, and of their dtype."""
+    return hashlib.sha256(f"{model.model.context_fingerprint('hidden')} {model.dtype}".encode()).hexdigest()

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from modeling_xcllama import XCLlamaForCausalLM, XCLlamaProcessor
+from modeling_xcllama.least_squares import RidgeRegression, normalized, set_projection
 from xcllama.training.build import in_frozen_precision
-from xcllama.training.least_squares import linears, normalized, ridge_fit
 from xcllama.training.prompts import Prompts
 
 logger = logging.getLogger(__name__)
@@ -47,12 +47,14 @@ def transfer(
     keys, values = projected(old, states)
     if new.config.cross_attention_share_key_value:
         keys, values = [_share(old, new, keys, "q_proj")], [_share(old, new, values, "o_proj")]
-    inputs = normalized(aligned, new.config.rms_norm_eps)
     for projection, key, value in zip(new.model.context_projections, keys, values, strict=True):
         # a vector that all keys share changes no attention
-        parts = zip(linears(projection), (key - key.mean(0), value), strict=True)
-        fits = [ridge_fit(linear, inputs, part) for linear, part in parts]
-        logger.info("keys and values taken over with R2 %.3f and %.3f", *fits)
+        wanted = torch.cat([key - key.mean(0), value], dim=1)
+        sums = RidgeRegression(aligned.shape[-1], [wanted.shape[-1]])
+        sums.add(normalized(projection.norm, aligned), [wanted])
+        (weight,), (score,) = sums.solve()
+        set_projection(projection, weight)
+        logger.info("keys and values taken over with R2 %.3f", score)
 
 
 def _states(source, target, passages: list[str]) -> tuple[Tensor, Tensor]:
