@@ -155,9 +155,9 @@ def test_a_hub_data_set_is_encoded_onto_the_hub(server, corpus, tmp_path):
         api.create_repo(f"tester/{name}", repo_type="dataset")
     for path in corpus.iterdir():
         api.upload_file(path_or_fileobj=path, path_in_repo=path.name, repo_id="tester/corpus", repo_type="dataset")
-    _, made = encode_all("tester/corpus", output, characters=6000)
+    _, made = encode_all("tester/corpus", output, characters=4000)
     assert len(made) > 2
-    assert encode_all("tester/corpus", output, characters=6000)[1] == [False] * len(made)
+    assert encode_all("tester/corpus", output, characters=4000)[1] == [False] * len(made)
     assert_is_the_corpus(output, tmp_path / "cache")
 
 
