@@ -35,7 +35,7 @@ from .context_encoding import (
     unpad,
     windows,
 )
-from .context_projection import ReadingPlan, by_head, project_hidden, rotate_keys, row_positions
+from .context_projection import ReadingPlan, by_channel, by_head, project_hidden, rotate_keys, row_positions
 from .cross_attention import resolve_implementation
 from .cross_attention_block import ContextProjection, CrossAttentionBlock
 from .fingerprint import KeptDigest
@@ -129,6 +129,10 @@ class XCLlamaModel(ContextChecksMixin, XCLlamaPreTrainedModel, LlamaModel):
             past_key_values=past_key_values,
             position_ids=position_ids,
         )
+        if joint and causal_mask is not None and causal_mask.dtype == torch.bool:
+            # `generate` makes the masks of static caches itself, for the decoder's own attention
+            lowest = torch.finfo(hidden_states.dtype).min
+            causal_mask = torch.zeros_like(causal_mask, dtype=hidden_states.dtype).masked_fill(~causal_mask, lowest)
         if sliding is not None:
             kwargs["sliding_window"] = sliding
         output_weights = bool(kwargs.get("output_attentions", self.config.output_attentions))
@@ -414,7 +418,8 @@ class XCLlamaModel(ContextChecksMixin, XCLlamaPreTrainedModel, LlamaModel):
             if self.cross_rotary_emb is not None:
                 key = rotate_keys(key, row_positions(plan.rows.offsets), self.cross_rotary_emb)
             if "hidden" in states and implementation != "triton":
-                key, value = by_head(key), by_head(value)
+                lay_out = by_channel if self.config.reads_jointly else by_head
+                key, value = lay_out(key), lay_out(value)
             keys.append(key)
             values.append(value)
         made_with = self.context_projections, self.projections_sample()

@@ -47,6 +47,7 @@ VARIANTS = {
     },
     "condensed_rope": {"cross_attention_rope": True, "cross_attention_share_key_value": True},
     "shared_tanh": {"cross_attention_share_weights": True, "cross_attention_gate": "tanh"},
+    "joint": {"cross_attention_mode": "joint", "context_layer": 2, "context_prefix": [3, 4]},
     "few_heads": {"cross_attention_num_key_value_heads": 1, "cross_attention_layers": [0, 1, 2, 3]},
 }
 

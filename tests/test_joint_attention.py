@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from modeling_xcllama import XCLlamaForCausalLM
 from modeling_xcllama.context_cache import ProjectedContext
 from modeling_xcllama.context_projection import ReadingPlan
+from modeling_xcllama.decoding_speed import decoding_compile_config
 
 PREFIX = [5, 9]
 JOINT = {"cross_attention_mode": "joint", "context_layer": [1, 3], "context_prefix": PREFIX}
@@ -147,6 +148,15 @@ def test_generate_equals_argmax_of_forward_and_shares_contexts(model, options):
             step = model(row, context_cache=cache.select([0, 0])).logits[:, -1].argmax(-1, keepdim=True)
             row = torch.cat([row, step], dim=1)
         assert torch.equal(written, row)
+
+
+def test_compiled_steps_over_a_static_cache_write_the_same(model):
+    cache, text = model.encode_context(torch.tensor([ids(11), ids(11, 8)])).join([[0, 1], [1]]), question(2)
+    options = {"context_cache": cache, "max_new_tokens": 6, "do_sample": False}
+    wanted = model.generate(text, **options)
+    assert torch.equal(model.generate(text, cache_implementation="static", **options), wanted)
+    compiled = decoding_compile_config(backend="eager")
+    assert torch.equal(model.generate(text, cache_implementation="static", compile_config=compiled, **options), wanted)
 
 
 @pytest.mark.parametrize("dtype", ["int8", "int4"])
