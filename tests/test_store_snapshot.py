@@ -133,29 +133,25 @@ def test_ranges_into_a_bounded_cache(snapshot, tmp_path, model):
         few = store.metrics.total.bytes_fetched
         states = sum(len(EXPECTED[name]) for name in ids) * (16 * 2 + 4)
         assert states <= few <= states + 2 * 2048
-        opened = dict(store._reader._shards)
         store.get(ids)
-        # nothing is fetched, opened or compared again
+        # nothing is fetched again
         assert store.metrics.total.bytes_fetched == few
-        assert store._reader._shards == opened
         assert_serves(store, model)
         assert few < store.metrics.total.bytes_fetched <= store._source.manifest.nbytes
     # what was fetched is still there in another process or after a restart
     with ContextStore.open(url, model, ByteProcessor(), **options) as store:
         assert_serves(store, model)
         assert store.metrics.total.bytes_fetched == 0
-    bound = store._source.manifest.nbytes // 3
+    # a file takes a block
+    bound = 10 * 4096
+    assert bound < store._source.manifest.nbytes
     with ContextStore.open(url, model, ByteProcessor(), **options, cache_bytes=bound) as store:
         shutil.rmtree(store._source.ranges)
         store._source.ranges.mkdir()
         for _ in range(2):
             for name in EXPECTED:
                 assert torch.equal(row_states(store.get(name), 0), model.states(EXPECTED[name]))
-                # a file system block at each end of what was written
-                assert store._source.cached_bytes() <= bound + 3 * 4096
-        # deleted files that stay open would hold their room
-        assert not any(shard.is_deleted for shard in store._reader._shards.values())
-        assert len(store._reader._shards) < len(store._source.manifest.shards)
+                assert store._source.cached_bytes() <= bound
         view = store.get(list(EXPECTED))
         assert torch.equal(row_states(view, 5), model.states(list(EXPECTED.values())[5]))
 

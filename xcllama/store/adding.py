@@ -2,14 +2,13 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from time import perf_counter
 
 from torch import Tensor
 
-from .catalogue import Catalogue, NewDocument, NewPassage, NewShard, NewState
+from .catalogue import Catalogue, NewDocument, NewPassage, NewState
 from .counters import Metrics
 from .documents import index_text, split_passages
 from .encoding import content_digest, contexts_of, encode, groups, tokenize, tokens_per_call
@@ -84,6 +83,40 @@ def checked_row(document_id: str, text: str, metadata: dict | None) -> tuple[str
     return row
 
 
+def new_states(contexts: Mapping[bytes, Parts]) -> list[NewState]:
+    """What a catalogue says of contexts that lie one after the other in a shard."""
+    entries, start = [], 0
+    for content, parts in contexts.items():
+        tokens, nbytes = len(parts["token_ids"]), sum(part.nbytes for part in parts.values())
+        entries.append(NewState(content, start, tokens, nbytes, parts_checksum(parts)))
+        start += tokens
+    return entries
+
+
+def cut(
+    document_id: str, text: str, processor, passage_tokens: tuple[int, int, int] | None
+) -> tuple[list[NewPassage], list[list[int]]]:
+    """The passages of a document, and the token ids of each.
+
+    Raises:
+        ValueError: it cannot be encoded.
+    """
+
+    def count(part: str) -> int:
+        return len(tokenize(processor, [part])[0])
+
+    try:
+        spans = [(0, len(text))] if passage_tokens is None else split_passages(text, count, passage_tokens)
+        sequences = tokenize(processor, [text[start:stop] for start, stop in spans])
+    except ValueError as error:
+        raise ValueError(f"document {document_id!r} cannot be encoded: {error}") from error
+    passages = []
+    for (start, stop), sequence in zip(spans, sequences, strict=True):
+        own = text[start:stop]
+        passages.append(NewPassage(start, stop, own, index_text(own), content_digest(sequence)))
+    return passages, sequences
+
+
 class Writer:
     """States and documents that wait for the next commit.
 
@@ -137,33 +170,28 @@ class Writer:
         if not states and not ready:
             return []
         with self.metrics.timed("write"), self.catalogue.writing():
-            lost = self._commit(states, ready) if states else self.catalogue.commit(None, ready, "")
+            lost = self._commit(states, ready) if states else self.catalogue.commit(None, [], ready, "")
         self.catalogue.drop_dead_shards()
         self.report.encoded += len(ready) - len(lost)
         self.metrics.add(documents_encoded=len(ready) - len(lost))
         return lost
 
     def _commit(self, states: dict[bytes, Parts], documents: list[NewDocument]) -> list[NewDocument]:
-        name, parts = new_shard_name(), list(states.values())
-        sizes = [sum(part.nbytes for part in own.values()) for own in parts]
-        lengths = [len(own["token_ids"]) for own in parts]
-        starts = accumulate(lengths, initial=0)
-        checksums = map(parts_checksum, parts)
-        entries = list(map(NewState, states, starts, lengths, sizes, checksums))
+        name, entries, contexts = new_shard_name(), new_states(states), list(states.values())
         if self.reserve is not None:
-            self.reserve(sum(sizes) + HEADER_BYTES, name)
+            self.reserve(sum(entry.nbytes for entry in entries) + HEADER_BYTES, name)
         path = self.catalogue.path.parent / "shards" / name
         try:
-            nbytes, header_checksum = write_shard(path, parts, self.fingerprint)
-            lost = self.catalogue.commit(
-                NewShard(name, nbytes, header_checksum, entries), documents, describe(parts[0])
-            )
+            shard = name, *write_shard(path, contexts, self.fingerprint)
+            lost = self.catalogue.commit(shard, entries, documents, describe(contexts[0]))
         except BaseException:
-            if self.catalogue.abandon(name):
-                path.unlink(missing_ok=True)
+            with self.catalogue.transaction() as connection:
+                connection.execute("DELETE FROM shards WHERE name = ? AND NOT live", (name,))
+                if not connection.execute("SELECT 1 FROM shards WHERE name = ?", (name,)).fetchone():
+                    path.unlink(missing_ok=True)
             raise
         self.shards += 1
-        self.metrics.add(bytes_written=nbytes)
+        self.metrics.add(bytes_written=shard[1])
         return lost
 
 
@@ -216,27 +244,12 @@ class Adder(Writer):
             self.metrics.add(documents_skipped=1)
             self.progress(self.report)
             return
-        try:
-            spans = [(0, len(text))]
-            if self.passage_tokens is not None:
-                spans = split_passages(text, self._count_tokens, self.passage_tokens)
-            texts = [text[start:stop] for start, stop in spans]
-            sequences = tokenize(self.processor, texts)
-        except ValueError as error:
-            raise ValueError(f"document {document_id!r} cannot be encoded: {error}") from error
-        contents = list(map(content_digest, sequences))
-        passages = [
-            NewPassage(start, stop, own, index_text(own), content)
-            for (start, stop), own, content in zip(spans, texts, contents, strict=True)
-        ]
-        self._wait(dict(zip(contents, sequences, strict=True)))
+        passages, sequences = cut(document_id, text, self.processor, self.passage_tokens)
+        self._wait(dict(zip([passage.content for passage in passages], sequences, strict=True)))
         self.documents[document_id] = NewDocument(document_id, text, digest, metadata, self.expires, passages)
         self.report.characters += len(text)
         self._count_waiting()
         self.progress(self.report)
-
-    def _count_tokens(self, text: str) -> int:
-        return len(tokenize(self.processor, [text])[0])
 
     def _count_waiting(self) -> int:
         self.report.waiting = sum(map(len, self.waiting.values()))

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from itertools import accumulate, chain
+from itertools import chain
 from pathlib import Path
 
 import fsspec
@@ -21,10 +21,12 @@ import pyarrow
 import pyarrow.parquet
 from tqdm import tqdm
 
-from .documents import PASSAGE_TOKENS, Document, read_parquet, split_passages
-from .encoding import content_digest, contexts_of, encode, groups, tokenize, tokens_per_call
+from .adding import cut, new_states
+from .catalogue import NewPassage, NewState
+from .documents import PASSAGE_TOKENS, Document, read_parquet
+from .encoding import contexts_of, encode, groups, tokens_per_call
 from .manifest import FileEntry, Folder, Manifest, render_card, sha256_of, write_part
-from .shards import describe, parts_checksum, write_shard
+from .shards import describe, dtype_of, write_shard
 
 PLAN_NAME = "plan.json"
 CHARACTERS_PER_SHARD = 200_000
@@ -179,51 +181,38 @@ def encode_task(task: Task, model, processor, settings: Settings) -> bool:
     fingerprint = model.model.context_fingerprint()
     if finished_part(task, settings, fingerprint) is not None:
         return False
-    table = pyarrow.parquet.read_table(io.BytesIO(settings.folder.read(task.input_name))).to_pylist()
-    rows = [row | {"passages": _passages(row["text"], processor, settings)} for row in table]
-    contexts = {at["content"]: at.pop("sequence") for row in rows for at in row["passages"]}
-    dtype = str(model.dtype).removeprefix("torch.") if settings.dtype == "auto" else settings.dtype
+    rows = pyarrow.parquet.read_table(io.BytesIO(settings.folder.read(task.input_name))).to_pylist()
+    contexts: dict[bytes, list[int]] = {}
+    for row in rows:
+        row["digest"] = hashlib.sha256(row["text"].encode()).hexdigest()
+        row["passages"], sequences = cut(row["id"], row["text"], processor, settings.passage_tokens)
+        contexts |= dict(zip([passage.content for passage in row["passages"]], sequences, strict=True))
     parts: list[dict] = []
     sequences = list(contexts.values())
     for group in groups([len(sequence) for sequence in sequences], tokens_per_call(model)):
-        parts += contexts_of(encode(model, [sequences[index] for index in group], dtype))
+        parts += contexts_of(encode(model, [sequences[index] for index in group], settings.dtype))
     name = f"shards/shard-{task.number:06d}.safetensors"
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch, "shard.safetensors")
         nbytes, header = write_shard(path, parts, fingerprint)
         shard = FileEntry(name, nbytes, sha256_of(path), header.hex())
         settings.folder.upload(path, name)
-    firsts = accumulate(map(len, sequences), initial=0)
-    places = {
-        content: {
-            "shard": name,
-            "first": first,
-            "tokens": len(sequence),
-            "nbytes": sum(part.nbytes for part in own.values()),
-            "checksum": parts_checksum(own),
-        }
-        for (content, sequence), own, first in zip(contexts.items(), parts, firsts, strict=False)
-    }
+    entries = {entry.content: entry for entry in new_states(dict(zip(contexts, parts, strict=True)))}
     for row in rows:
-        row["digest"] = hashlib.sha256(row["text"].encode()).hexdigest()
-        row["passages"] = [at | places[at["content"]] for at in row["passages"]]
-    notes = {"task": task_digest(task, settings, fingerprint), "shard": json.dumps(asdict(shard)), "dtype": dtype}
-    notes |= {"documents": str(len(rows)), "tokens": str(sum(map(len, sequences))), "parts": describe(parts[0])}
+        row["passages"] = [passage_row(passage, name, entries[passage.content]) for passage in row["passages"]]
+    notes = {"task": task_digest(task, settings, fingerprint), "shard": json.dumps(asdict(shard))}
+    notes |= {"documents": str(len(rows)), "tokens": str(sum(map(len, sequences))), "kind": describe(parts[0])}
+    notes["dtype"] = dtype_of(notes["kind"])
     notes["template_version"] = str(processor.template_version)
     write_part(settings.folder, rows, f"part-{task.number:06d}", notes)
     return True
 
 
-def _passages(text: str, processor, settings: Settings) -> list[dict]:
-    """Start, stop, content and token ids of each passage."""
-    spans = [(0, len(text))]
-    if settings.passage_tokens is not None:
-        spans = split_passages(text, lambda part: len(tokenize(processor, [part])[0]), settings.passage_tokens)
-    sequences = tokenize(processor, [text[start:stop] for start, stop in spans])
-    return [
-        {"start": start, "stop": stop, "content": content_digest(sequence), "sequence": sequence}
-        for (start, stop), sequence in zip(spans, sequences, strict=True)
-    ]
+def passage_row(passage: NewPassage, shard: str, states: NewState) -> dict:
+    """A passage as a row of a part has it."""
+    place = {"shard": shard, "first": states.start, "tokens": states.tokens, "nbytes": states.nbytes}
+    place |= {"content": states.content, "checksum": states.checksum}
+    return {"start": passage.start, "stop": passage.stop, **place}
 
 
 def finish(tasks: Sequence[Task], settings: Settings, fingerprint: str, **card: str) -> Manifest:
@@ -242,7 +231,7 @@ def finish(tasks: Sequence[Task], settings: Settings, fingerprint: str, **card: 
     parts, shards, notes = zip(*found, strict=True)
     manifest = Manifest(
         fingerprint=fingerprint,
-        **{name: notes[0][name] for name in ("dtype", "parts", "template_version")},
+        **{name: notes[0][name] for name in ("kind", "dtype", "template_version")},
         namespace=settings.namespace,
         model=settings.model_name,
         documents=sum(int(own["documents"]) for own in notes),

@@ -113,15 +113,6 @@ class NewDocument:
     passages: Sequence[NewPassage]
 
 
-class NewShard(NamedTuple):
-    """A shard that is on disk."""
-
-    name: str
-    nbytes: int
-    header_checksum: bytes
-    states: Sequence[NewState]
-
-
 class Catalogue:
     """A namespace's SQLite file; every method may be called from several threads, and processes share the file.
 
@@ -273,7 +264,7 @@ class Catalogue:
 
     def totals(self) -> dict[str, int]:
         """Counts and sizes of everything in the namespace."""
-        queries = {
+        columns = {
             "documents": "SELECT COUNT(*) FROM documents",
             "passages": "SELECT COUNT(*) FROM passages",
             "tokens": "SELECT TOTAL(tokens) FROM states",
@@ -281,18 +272,25 @@ class Catalogue:
             "damaged_states": "SELECT COUNT(*) FROM states WHERE damaged",
             "shards": "SELECT COUNT(*) FROM shards",
             "shard_bytes": "SELECT TOTAL(nbytes) FROM shards",
+            "pinned": "SELECT COUNT(DISTINCT document) FROM pins WHERE expires > unixepoch()",
         }
-        found = {name: int(self.rows(query)[0][0]) for name, query in queries.items()}
-        pinned = self.rows("SELECT COUNT(DISTINCT document) FROM pins WHERE expires > ?", (time.time(),))[0][0]
-        return found | {"pinned": pinned}
+        row = self.rows("SELECT " + ", ".join(f"({query})" for query in columns.values()))[0]
+        return dict(zip(columns, map(int, row), strict=True))
 
     # writing
 
-    def commit(self, shard: NewShard | None, documents: Iterable[NewDocument], parts: str) -> list[NewDocument]:
-        """Enter a shard that is on disk, and documents: from then on they are served.
+    def commit(
+        self,
+        shard: tuple[str, int, bytes] | None,
+        states: Sequence[NewState],
+        documents: Iterable[NewDocument],
+        kind: str,
+    ) -> list[NewDocument]:
+        """Enter a shard that is on disk, its states, and documents: from then on they are served.
 
         Args:
-            parts: names, dtypes and widths of the shard's tensors (`shards.describe`).
+            shard: name, size and checksum of the header.
+            kind: names, dtypes and widths of the shard's tensors (`shards.describe`).
 
         Returns:
             Documents that were left out: states that they share were evicted or damaged meanwhile.
@@ -302,14 +300,13 @@ class Catalogue:
         """
         with self.transaction() as connection:
             if shard is not None:
-                connection.execute("INSERT OR IGNORE INTO meta VALUES ('parts', ?)", (parts,))
-                stored = connection.execute("SELECT value FROM meta WHERE key = 'parts'").fetchone()[0]
-                if stored != parts:
-                    raise ValueError(f"{self.path.parent} holds states {stored}, these are {parts}.")
-                connection.execute("DELETE FROM shards WHERE name = ? AND NOT live", (shard.name,))
-                size = sum(new.nbytes for new in shard.states)
-                number = enter_shard(connection, shard.name, shard.nbytes, shard.header_checksum, size)
-                enter_states(connection, [(number, new) for new in shard.states])
+                connection.execute("INSERT OR IGNORE INTO meta VALUES ('kind', ?)", (kind,))
+                stored = connection.execute("SELECT value FROM meta WHERE key = 'kind'").fetchone()[0]
+                if stored != kind:
+                    raise ValueError(f"{self.path.parent} holds states {stored}, these are {kind}.")
+                connection.execute("DELETE FROM shards WHERE name = ? AND NOT live", shard[:1])
+                number = enter_shard(connection, *shard, sum(new.nbytes for new in states))
+                enter_states(connection, [(number, new) for new in states])
             return [document for document in documents if not enter_document(connection, document)]
 
     @contextmanager
@@ -317,12 +314,6 @@ class Catalogue:
         """Keep `upkeep.clean` away from a shard's first byte to its commit."""
         with locked(self.path.with_name("writers.lock"), LOCK_SH):
             yield
-
-    def abandon(self, name: str) -> bool:
-        """Give up a shard's reservation; returns whether the shard was never committed, so its file may go."""
-        with self.transaction() as connection:
-            connection.execute("DELETE FROM shards WHERE name = ? AND NOT live", (name,))
-            return not connection.execute("SELECT 1 FROM shards WHERE name = ?", (name,)).fetchone()
 
     def drop_dead_shards(self) -> None:
         """Delete shards without states, and their files."""

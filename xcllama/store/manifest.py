@@ -62,10 +62,10 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a snapshot holds and what made it; `parts`: kind of its states (`shards.describe`)."""
+    """What a snapshot holds and what made it; `kind`: of its states (`shards.describe`)."""
 
     fingerprint: str
-    parts: str
+    kind: str
     dtype: str
     template_version: str
     namespace: str

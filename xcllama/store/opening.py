@@ -11,6 +11,7 @@ from urllib.parse import quote
 from xcllama.durable import sync_folder
 
 from .catalogue import CATALOGUE_NAME, FOREVER
+from .shards import dtype_of
 
 logger = logging.getLogger(__name__)
 
@@ -103,5 +104,6 @@ def check_opener(
         )
     if meta["namespace"] != namespace:
         raise ValueError(f"{where} is the namespace {meta['namespace']!r}, not {namespace!r}.")
-    if dtype != "auto" and meta["dtype"] not in ("auto", dtype):
-        raise ValueError(f"{where} holds {meta['dtype']} states; open it with that `dtype` or 'auto'.")
+    stored = dtype_of(meta["kind"]) if "kind" in meta else meta["dtype"]
+    if dtype != "auto" and stored not in ("auto", dtype):
+        raise ValueError(f"{where} holds {stored} states; open it with that `dtype` or 'auto'.")

@@ -96,16 +96,13 @@ class Reader:
             raise DamagedShardError(f"shard {number} is gone.")
         shard = self._open_shard(*entry)
         with self._lock:
+            # deleted files that stay open hold their room on the disk
+            for gone in [other for other, one in self._shards.items() if one.is_deleted]:
+                del self._shards[gone]
             self._shards[number] = shard
             if len(self._shards) > OPEN_SHARDS:
                 self._shards.popitem(last=False)
         return shard
-
-    def _let_go(self) -> None:
-        """Close shards whose files were deleted: files that stay open hold their room on the disk."""
-        with self._lock:
-            for number in [number for number, shard in self._shards.items() if shard.is_deleted]:
-                del self._shards[number]
 
     def forget(self, number: int) -> None:
         """Close a shard; what `read` gave stays valid."""
@@ -125,7 +122,8 @@ class Reader:
         """
         for attempt in range(ATTEMPTS):
             rows = self._locate(asked)
-            damaged, shards = self._check({place for row in rows for place in row})
+            found = self._fetch({place for row in rows for place in row})
+            damaged = {place for row in rows for place in row if place not in found}
             if not damaged:
                 break
             # a writer may have moved or replaced them since they were looked up
@@ -136,27 +134,22 @@ class Reader:
                 if not self._catalogue.read_only:
                     self._catalogue.mark_damaged(still)
                 raise DamagedDocumentError(ids, self._where)
-        places = list(dict.fromkeys(place[1:] for row in rows for place in row))
-        index = {place: number for number, place in enumerate(places)}
-        picked = tuple(tuple(index[place[1:]] for place in row) for row in rows)
-        whole = picked == tuple((number,) for number in range(len(places)))
-        return join(places, shards, fingerprint, None if whole else picked), rows
+        # documents may share states: each is stored once
+        unique = {place.state: place for row in rows for place in row}
+        index = {state: number for number, state in enumerate(unique)}
+        picked = tuple(tuple(index[place.state] for place in row) for row in rows)
+        whole = picked == tuple((number,) for number in range(len(unique)))
+        return self._join(list(unique.values()), found, fingerprint, None if whole else picked), rows
 
     def verify(self) -> VerifyReport:
         """Read every context and compare checksums; what is damaged is marked where the catalogue can be written."""
         report, names = VerifyReport(), {}
         for (number,) in self._catalogue.rows("SELECT shard FROM shards WHERE live"):
-            damaged = set()
-            for place in map(Location._make, self._catalogue.rows(STATES, (number,))):
-                report.checked += 1
-                try:
-                    shard = self.shard(number)
-                    shard.load([place[3:]])
-                    intact = shard.verify(*place[3:])
-                except DamagedShardError:
-                    intact = False
-                if not intact:
-                    damaged.add(place)
+            places = list(map(Location._make, self._catalogue.rows(STATES, (number,))))
+            report.checked += len(places)
+            # anew, whatever was compared before
+            self.forget(number)
+            damaged = set(places) - self._fetch(places).keys()
             # what was evicted or moved meanwhile is not damaged
             damaged &= set(map(Location._make, self._catalogue.rows(STATES, (number,))))
             if damaged and not self._catalogue.read_only:
@@ -173,43 +166,27 @@ class Reader:
             raise MissingDocumentError(missing, self._where)
         return rows
 
-    def _check(self, places: Collection[Location]) -> tuple[set[Location], dict[int, MappedShard]]:
-        """Verify what is read for the first time; returns the damaged ones and the open shards."""
-        shards: dict[int, MappedShard] = {}
-        damaged: set[Location] = set()
+    def _fetch(self, places: Collection[Location]) -> dict[Location, dict[str, numpy.ndarray]]:
+        """The rows of contexts; what is damaged is left out."""
+        found: dict[Location, dict[str, numpy.ndarray]] = {}
         for number in {place.shard for place in places}:
-            own = [place for place in places if place.shard == number]
             try:
-                shard = shards[number] = self.shard(number)
+                found |= self.shard(number).fetch([place for place in places if place.shard == number])
             except DamagedShardError:
-                damaged.update(own)
                 continue
-            fresh = [place for place in own if place.state not in shard.verified]
-            shard.load([place[3:] for place in fresh])
-            for place in fresh:
-                if shard.verify(*place[3:]):
-                    shard.verified.add(place.state)
-                else:
-                    damaged.add(place)
-            if fresh:
-                self._let_go()
-        return damaged, shards
+        return found
 
-
-def join(
-    places: Sequence[tuple], shards: dict[int, MappedShard], fingerprint: str, rows: tuple | None
-) -> ContextCache:
-    """A cache of the contexts at (state, shard, start, tokens, checksum), each stored once."""
-    offsets = offsets_of(place[3] for place in places)
-    number, start = places[0][1:3]
-    parts = shards[number].parts
-    if all(place[1] == number and place[2] == start + offset for place, offset in zip(places, offsets, strict=False)):
-        tensors = {name: tensor[start : start + offsets[-1]] for name, tensor in shards[number].tensors.items()}
-    else:
-        # numpy asks for huge pages where much is copied, torch does not
-        columns = {
-            name: numpy.concatenate([shards[shard].rows[name][first : first + n] for _, shard, first, n, _ in places])
-            for name in parts
-        }
-        tensors = {name: parts[name].tensor(column) for name, column in columns.items()}
-    return cache_of_parts(tensors, offsets, fingerprint, rows)
+    def _join(self, places: Sequence[Location], found: dict, fingerprint: str, rows: tuple | None) -> ContextCache:
+        """A cache of contexts, each stored once: views of a mapped shard if they lie there so, else one copy."""
+        offsets = offsets_of(place.tokens for place in places)
+        shard, start = self.shard(places[0].shard), places[0].start
+        run = [(places[0].shard, start + offset) for offset in offsets[:-1]]
+        if run == [(place.shard, place.start) for place in places] and isinstance(shard, MappedShard):
+            tensors = {name: tensor[start : start + offsets[-1]] for name, tensor in shard.tensors.items()}
+        else:
+            # numpy asks for huge pages where much is copied, torch does not
+            tensors = {
+                name: part.tensor(numpy.concatenate([found[place][name] for place in places]))
+                for name, part in shard.parts.items()
+            }
+        return cache_of_parts(tensors, offsets, fingerprint, rows)

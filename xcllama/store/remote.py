@@ -5,10 +5,11 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from secrets import token_hex
 
+import numpy
 import pyarrow.parquet
 
 from xcllama.durable import durable, locked
@@ -17,6 +18,7 @@ from .catalogue import (
     CATALOGUE_NAME,
     FOREVER,
     Catalogue,
+    Location,
     NewDocument,
     NewPassage,
     NewState,
@@ -26,7 +28,7 @@ from .catalogue import (
 )
 from .documents import index_text
 from .manifest import FileEntry, Folder, resolve
-from .shards import DamagedShardError, MappedShard, checksum
+from .shards import HEADER_BYTES, DamagedShardError, MappedShard, checksum, fits, parse_header, spans_of
 
 CACHE_BYTES = 8 << 30
 
@@ -65,6 +67,9 @@ class Snapshot:
         self.ranges = self.folder / "ranges"
         self.ranges.mkdir(parents=True, exist_ok=True)
         with locked(self.folder):
+            for partial in self.ranges.glob(".*.partial"):
+                # of a process that was killed, unless it is at work: its bytes are fetched again then
+                partial.unlink(missing_ok=True)
             if not (self.folder / "catalogue" / CATALOGUE_NAME).is_file():
                 self._import_catalogue()
         self._entries = {entry.file_name: entry for entry in self.manifest.shards}
@@ -77,7 +82,7 @@ class Snapshot:
         scratch = self.folder / f"catalogue.{token_hex(4)}"
         scratch.mkdir()
         try:
-            names = ("fingerprint", "dtype", "parts", "template_version", "namespace", "model")
+            names = ("fingerprint", "kind", "dtype", "template_version", "namespace", "model")
             catalogue = Catalogue(scratch, False, {name: getattr(self.manifest, name) for name in names})
             with catalogue.transaction() as connection:
                 numbers = {
@@ -96,20 +101,55 @@ class Snapshot:
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 
-    def open_shard(
-        self, name: str, nbytes: int, header_checksum: bytes, fetched: Callable[[int], None]
-    ) -> MappedShard:
-        """A shard where it lies, or its local copy that fills with what is read; `fetched` is told bytes."""
+    def open_shard(self, name: str, nbytes: int, header_checksum: bytes, fetched: Callable[[int], None]):
+        """A shard where it lies, mapped or fetched by range; `fetched` is told bytes."""
         entry = self._entries[name]
         if self.source.is_local:
             return MappedShard(Path(self.source.path(entry.name)), nbytes, header_checksum)
-        return RemoteShard(self, entry, fetched)
+        return RemoteShard(self, entry, header_checksum, fetched)
+
+    def read(self, remote: str, spans: Sequence[tuple[int, int]]) -> list[bytes]:
+        """Byte ranges of a remote file, all at once.
+
+        Raises:
+            DamagedShardError: it is gone, or shorter.
+        """
+        starts, stops = zip(*spans, strict=True)
+        try:
+            parts = self.source.fs.cat_ranges([remote] * len(spans), list(starts), list(stops), on_error="raise")
+        except FileNotFoundError as error:
+            raise DamagedShardError(f"{remote} is gone.") from error
+        if any(len(part) != stop - start for part, (start, stop) in zip(parts, spans, strict=True)):
+            raise DamagedShardError(f"{remote} is shorter than the manifest says.")
+        return parts
+
+    def kept(self, digest: bytes) -> bytes | None:
+        """What was fetched before, by its checksum; it is the newest then."""
+        path = self.ranges / digest.hex()
+        try:
+            os.utime(path)
+            content = path.read_bytes()
+        except FileNotFoundError:
+            return None
+        return content if checksum([content]) == digest else None
+
+    def keep(self, contents: Mapping[bytes, bytes]) -> None:
+        """Keep what was fetched by its checksum, and let the least recently used go until the bound holds."""
+        for digest, content in contents.items():
+            with durable(self.ranges / digest.hex()) as file:
+                file.write(content)
+        files = sorted(self._files(), key=lambda item: item[1].st_mtime_ns)
+        total = sum(status.st_blocks * 512 for _, status in files)
+        for path, status in files:
+            if total > self.cache_bytes:
+                path.unlink(missing_ok=True)
+                total -= status.st_blocks * 512
 
     def cached_bytes(self) -> int:
-        """Bytes of local copies on disk: holes count nothing."""
-        return sum(status.st_blocks * 512 for _, status in self._copies())
+        """Bytes on this disk of what is kept."""
+        return sum(status.st_blocks * 512 for _, status in self._files())
 
-    def _copies(self) -> list[tuple[Path, os.stat_result]]:
+    def _files(self) -> list[tuple[Path, os.stat_result]]:
         found = []
         for path in self.ranges.iterdir():
             try:
@@ -118,76 +158,66 @@ class Snapshot:
                 continue
         return found
 
-    def shrink(self, keep: Path) -> None:
-        """Delete copies, the least recently opened first, until the bound holds; caches keep what they have mapped.
 
-        Args:
-            keep: is being read, and stays whatever its size.
-        """
-        total = self.cached_bytes()
-        for path, status in sorted(self._copies(), key=lambda item: item[1].st_mtime_ns):
-            if total > self.cache_bytes and path != keep:
-                path.unlink(missing_ok=True)
-                total -= status.st_blocks * 512
-
-
-class RemoteShard(MappedShard):
-    """A shard elsewhere: its contexts are fetched by range into a sparse local file of the same layout.
-
-    Nothing records which contexts are there: a context is there when its checksum says so.
+class RemoteShard:
+    """A shard elsewhere: its contexts are fetched by range and kept here, each in a file named by its checksum.
 
     Raises:
-        DamagedShardError: the remote file is gone, has another size or another header.
+        DamagedShardError: the remote file is gone, or has another header.
     """
 
-    writable = True
+    is_deleted = False
 
-    def __init__(self, snapshot: Snapshot, entry: FileEntry, fetched: Callable[[int], None]):
-        self._snapshot, self._entry, self._fetched = snapshot, entry, fetched
-        self._remote, path = snapshot.source.path(entry.name), snapshot.ranges / entry.file_name
-        if not path.exists():
-            self._create(path)
-        # the file may be evicted and made anew under its name: writes must reach the one that is mapped
-        super().__init__(path, entry.nbytes, bytes.fromhex(entry.header_checksum))
-        os.utime(path)
-
-    def _create(self, path: Path) -> None:
-        fs = self._snapshot.source.fs
-        try:
-            head = fs.cat_file(self._remote, start=0, end=8)
-            size = min(int.from_bytes(head, "little"), self._entry.nbytes)
-            header = head + fs.cat_file(self._remote, start=8, end=8 + size)
-        except FileNotFoundError as error:
-            raise DamagedShardError(f"{self._remote} is gone.") from error
-        if checksum([header]).hex() != self._entry.header_checksum:
-            raise DamagedShardError(f"{self._remote} has an altered header.")
-        self._fetched(len(header))
-        with durable(path) as file:
-            file.write(header)
-            file.truncate(self._entry.nbytes)
+    def __init__(self, snapshot: Snapshot, entry: FileEntry, header_checksum: bytes, fetched: Callable[[int], None]):
+        self.path, self._snapshot, self._fetched = snapshot.source.path(entry.name), snapshot, fetched
+        header = snapshot.kept(header_checksum)
+        if header is None:
+            (head,) = snapshot.read(self.path, [(0, 8)])
+            size = int.from_bytes(head, "little")
+            if size > min(HEADER_BYTES, entry.nbytes):
+                raise DamagedShardError(f"{self.path} has no header of a shard.")
+            header = head + snapshot.read(self.path, [(8, 8 + size)])[0]
+            if checksum([header]) != header_checksum:
+                raise DamagedShardError(f"{self.path} has an altered header.")
+            snapshot.keep({header_checksum: header})
+            fetched(len(header))
+        self.parts = parse_header(header, entry.nbytes)
 
     def check(self) -> None:
-        """Look whether the local copy is there, whole; what is fetched is written to it, so its time says nothing."""
-        self._status()
+        """Nothing: what is read is compared with its checksum every time."""
 
-    def load(self, contexts: Sequence[tuple[int, int, bytes]]) -> None:
-        """Fetch those of the contexts (start, tokens, checksum) that are not here, all at once."""
-        absent = [(start, tokens) for start, tokens, expected in contexts if not self.verify(start, tokens, expected)]
-        spans = merge_spans(span for start, tokens in absent for span in self.spans(start, tokens))
-        if not spans:
-            return
-        starts, ends = zip(*spans, strict=True)
-        fs = self._snapshot.source.fs
-        try:
-            parts = fs.cat_ranges([self._remote] * len(spans), list(starts), list(ends), on_error="raise")
-        except FileNotFoundError:
-            # what was not fetched fails its checksum and is reported by id
-            return
-        for begin, part in zip(starts, parts, strict=True):
-            os.pwrite(self._file.fileno(), part, begin)
-        self._fetched(sum(map(len, parts)))
-        os.utime(self._file.fileno())
-        self._snapshot.shrink(keep=self.path)
+    def fetch(self, places: Sequence[Location]) -> dict[Location, dict[str, numpy.ndarray]]:
+        """The rows of each part of contexts, of those that are as their checksums say."""
+        found = {place: self._snapshot.kept(place.checksum) for place in places}
+        absent = [place for place, content in found.items() if content is None and fits(self.parts, place)]
+        spans = {place: spans_of(self.parts, place) for place in absent}
+        merged = merge_spans(span for own in spans.values() for span in own)
+        if merged:
+            pieces = dict(zip(merged, self._snapshot.read(self.path, merged), strict=True))
+            self._fetched(sum(map(len, pieces.values())))
+            contents = {place: b"".join(_part(pieces, *span) for span in own) for place, own in spans.items()}
+            intact = {place: content for place, content in contents.items() if checksum([content]) == place.checksum}
+            self._snapshot.keep({place.checksum: content for place, content in intact.items()})
+            found |= intact
+        return {place: self._rows(place, content) for place, content in found.items() if content is not None}
+
+    def _rows(self, place: Location, content: bytes) -> dict[str, numpy.ndarray]:
+        rows, start = {}, 0
+        # writable: torch warns about buffers that are not
+        raw = numpy.frombuffer(bytearray(content), numpy.uint8)
+        for name, part in self.parts.items():
+            stop = start + place.tokens * part.token_bytes
+            rows[name] = raw[start:stop].reshape(place.tokens, part.token_bytes)
+            start = stop
+        return rows
+
+
+def _part(pieces: Mapping[tuple[int, int], bytes], start: int, stop: int) -> bytes:
+    """The bytes of a range out of the larger ones that were fetched."""
+    if start == stop:
+        return b""
+    (first, _), piece = next(item for item in pieces.items() if item[0][0] <= start and stop <= item[0][1])
+    return piece[start - first : stop - first]
 
 
 def merge_spans(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -94,6 +94,12 @@ def describe(parts: Mapping[str, Tensor]) -> str:
     return json.dumps({name: [names[part.dtype], *part.shape[1:]] for name, part in sorted(parts.items())})
 
 
+def dtype_of(kind: str) -> str:
+    """The dtype of states that `describe` described: "bfloat16", "int8", "int4", ..."""
+    states = [entry[0] for name, entry in json.loads(kind).items() if name in ("hidden", "key")]
+    return {"I8": "int8", "U8": "int4"}.get(states[0]) or str(DTYPES[states[0]]).removeprefix("torch.")
+
+
 def write_shard(path: Path, parts: Sequence[Mapping[str, Tensor]], fingerprint: str) -> tuple[int, bytes]:
     """Write a shard durably and in one pass.
 
@@ -186,21 +192,33 @@ def parse_header(header: bytes, nbytes: int) -> dict[str, Part]:
     return parts
 
 
+def fits(parts: Mapping[str, Part], place) -> bool:
+    """Whether a context (`start` and `tokens`) lies within a shard."""
+    return place.start >= 0 <= place.tokens and place.start + place.tokens <= parts["token_ids"].shape[0]
+
+
+def spans_of(parts: Mapping[str, Part], place) -> list[tuple[int, int]]:
+    """First and last byte of each part of a context, in the order of its checksum."""
+    return [
+        (part.offset + place.start * part.token_bytes, part.offset + (place.start + place.tokens) * part.token_bytes)
+        for part in parts.values()
+    ]
+
+
 class MappedShard:
     """A shard in memory by `mmap`: nothing is read before it is used.
+
+    A context (a `catalogue.Location`) is compared with its checksum when it is first fetched.
 
     Raises:
         DamagedShardError: the file is gone, has another size or another header than the catalogue says.
     """
 
-    writable = False
-
     def __init__(self, path: Path, nbytes: int, header_checksum: bytes):
         self.path, self.nbytes = path, nbytes
-        # numbers of states whose checksum was compared
-        self.verified: set[int] = set()
+        self._verified: set = set()
         try:
-            self._file = open(path, "r+b" if self.writable else "rb", buffering=0)  # noqa: SIM115
+            self._file = open(path, "rb", buffering=0)  # noqa: SIM115
         except FileNotFoundError as error:
             raise DamagedShardError(f"{path} is gone.") from error
         self._modified = self._status().st_mtime_ns
@@ -241,26 +259,25 @@ class MappedShard:
         if hasattr(self, "_file"):
             self._file.close()
 
-    def spans(self, start: int, tokens: int) -> list[tuple[int, int]]:
-        """First and last byte of each part of a context, in the order of its checksum."""
-        parts = self.parts.values()
-        return [(p.offset + start * p.token_bytes, p.offset + (start + tokens) * p.token_bytes) for p in parts]
-
-    def load(self, contexts: Sequence[tuple[int, int, bytes]]) -> None:
-        """Prepare to read contexts (start, tokens, checksum) for the first time: pages come in large reads."""
-        for start, tokens, _ in contexts:
-            for begin, end in self.spans(start, tokens):
-                page = begin - begin % PAGE
-                if begin < end <= self.nbytes:
-                    self._map.madvise(mmap.MADV_WILLNEED, page, end - page)
-
-    def verify(self, start: int, tokens: int, expected: bytes) -> bool:
-        """Whether a context's bytes have the `expected` checksum."""
-        if start < 0 or tokens < 0 or start + tokens > self.parts["token_ids"].shape[0]:
-            return False
+    def fetch(self, places: Sequence) -> dict:
+        """The rows of each part of contexts by their places: of those that are as their checksums say."""
+        inside = [place for place in places if fits(self.parts, place)]
+        fresh = [place for place in inside if place not in self._verified]
+        for place in fresh:
+            for begin, end in spans_of(self.parts, place):
+                # what is read for the first time comes in large reads instead of page by page
+                if begin < end:
+                    self._map.madvise(mmap.MADV_WILLNEED, begin - begin % PAGE, end - begin + begin % PAGE)
         view = memoryview(self._map)
-        return checksum(view[begin:end] for begin, end in self.spans(start, tokens)) == expected
+        for place in fresh:
+            if checksum(view[begin:end] for begin, end in spans_of(self.parts, place)) == place.checksum:
+                self._verified.add(place)
+        return {place: self._slice(self.rows, place) for place in inside if place in self._verified}
 
-    def slice(self, start: int, tokens: int) -> dict[str, Tensor]:
+    @staticmethod
+    def _slice(columns: Mapping, place) -> dict:
+        return {name: column[place.start : place.start + place.tokens] for name, column in columns.items()}
+
+    def context(self, place) -> dict[str, Tensor]:
         """Views of a context's tensors, as `write_shard` takes them."""
-        return {name: tensor[start : start + tokens] for name, tensor in self.tensors.items()}
+        return self._slice(self.tensors, place)

@@ -23,7 +23,7 @@ from .manifest import (
     sha256_of,
     write_part,
 )
-from .shards import DamagedShardError, MappedShard, write_shard
+from .shards import DamagedShardError, MappedShard, dtype_of, write_shard
 
 ROWS_PER_PART = 4096
 DAMAGED = (
@@ -67,6 +67,8 @@ def write_snapshot(
         if damaged := catalogue.rows(DAMAGED):
             names = ", ".join(repr(row[0]) for row in damaged)
             raise ValueError(f"damaged documents are not published: {names}; repair them.")
+        if not catalogue.rows("SELECT 1 FROM states LIMIT 1"):
+            raise ValueError(f"{store} holds no documents: there is nothing to publish.")
         places, shards = _upload_shards(catalogue, store / "shards", folder)
         parts, documents = [], 0
         for rows in _document_rows(catalogue, places):
@@ -75,11 +77,11 @@ def write_snapshot(
         meta = catalogue.meta
     finally:
         catalogue.close()
-    described = {name: meta[name] for name in ("fingerprint", "dtype", "template_version", "namespace")}
+    described = {name: meta[name] for name in ("fingerprint", "template_version", "namespace")}
     # of a folder on this machine only the name
     described["model"] = Path(meta["model"]).name if Path(meta["model"]).is_absolute() else meta["model"]
     tokens = sum(place[2] for place in places.values())
-    counts = {"documents": documents, "tokens": tokens, "parts": meta.get("parts", "{}")}
+    counts = {"documents": documents, "tokens": tokens, "kind": meta["kind"], "dtype": dtype_of(meta["kind"])}
     manifest = Manifest(**described, **counts, shards=shards, catalogue=parts)
     return folder.commit(manifest, render_card(manifest, folder.url, **card))
 
@@ -111,9 +113,9 @@ def _checked_contexts(path: Path, nbytes: int, header: bytes, states: Sequence[L
         shard = MappedShard(path, nbytes, header)
     except DamagedShardError as error:
         raise ValueError(f"{error} Run `verify(repair=True)`, or try again if the store was changing.") from error
-    if not all(shard.verify(state.start, state.tokens, state.checksum) for state in states):
+    if len(shard.fetch(states)) < len(states):
         raise ValueError(f"states in {path} are damaged; run `verify(repair=True)`.")
-    return [shard.slice(state.start, state.tokens) for state in states]
+    return [shard.context(state) for state in states]
 
 
 def _document_rows(catalogue: Catalogue, places: dict[int, tuple[str, int, int]]) -> Iterator[list[dict]]:

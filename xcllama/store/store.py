@@ -21,7 +21,7 @@ from .opening import check_count, check_opener, expiry, namespace_folder, new_me
 from .reading import MissingDocumentError, Reader, VerifyReport
 from .remote import Snapshot
 from .search import Hit, search
-from .shards import DamagedShardError, MappedShard, describe
+from .shards import DamagedShardError, MappedShard, describe, dtype_of
 from .snapshots import write_snapshot
 from .upkeep import Handle, Room
 
@@ -85,7 +85,9 @@ class ContextStore:
         self.fingerprint = self.catalogue.meta["fingerprint"]
         self.metrics = Metrics(namespace)
         self._reader = Reader(self.catalogue, self._open_shard, self.metrics, where)
-        self._room = Room(self.catalogue, *self._limits(max_bytes, shard_bytes))
+        for name, value in (("max_bytes", max_bytes or 1), ("shard_bytes", shard_bytes)):
+            check_count(name, value)
+        self._room = Room(self.catalogue, max_bytes, shard_bytes)
         if not self.read_only:
             self._room.clean()
 
@@ -109,21 +111,12 @@ class ContextStore:
         source = Snapshot(path, **options)
         return cls(path, model, processor, namespace or source.manifest.namespace, source=source)
 
-    def _limits(self, max_bytes: int | None, shard_bytes: int) -> tuple[int | None, int]:
-        for name, value in (("max_bytes", max_bytes), ("shard_bytes", shard_bytes)):
-            if value is not None:
-                check_count(name, value)
-        stored = self.catalogue.meta["max_bytes"]
-        if not self.read_only and max_bytes is not None and str(max_bytes) != stored:
-            self.catalogue.set_meta("max_bytes", str(max_bytes))
-        return max_bytes or (int(stored) if stored else None), shard_bytes
-
     def _open_shard(self, name: str, nbytes: int, header_checksum: bytes) -> MappedShard:
         if self._source is None:
             shard = MappedShard(self.folder / "shards" / name, nbytes, header_checksum)
         else:
             shard = self._source.open_shard(name, nbytes, header_checksum, self._count_fetched)
-        if describe(shard.tensors) != self.catalogue.meta.get("parts"):
+        if describe(shard.parts) != self.catalogue.meta.get("kind"):
             raise DamagedShardError(f"{shard.path} holds states of another kind than the catalogue says.")
         return shard
 
@@ -147,7 +140,8 @@ class ContextStore:
     @property
     def dtype(self) -> str:
         """Dtype of the states at rest; "auto" before the first document of a store made without a model."""
-        return self.catalogue.meta["dtype"]
+        meta = self.catalogue.meta
+        return dtype_of(meta["kind"]) if "kind" in meta else meta["dtype"]
 
     def __len__(self) -> int:
         return self.catalogue.rows("SELECT COUNT(*) FROM documents WHERE expires > ?", (time.time(),))[0][0]
@@ -365,8 +359,8 @@ class ContextStore:
 
     def stats(self) -> dict:
         """Sizes of the namespace and counters since it was opened."""
-        fixed = {name: self.catalogue.meta[name] for name in ("fingerprint", "dtype")}
-        return {"namespace": self.namespace, **fixed, **self.catalogue.totals(), **vars(self.metrics.total)}
+        fixed = {"namespace": self.namespace, "fingerprint": self.fingerprint, "dtype": self.dtype}
+        return {**fixed, **self.catalogue.totals(), **vars(self.metrics.total)}
 
     def prometheus(self) -> str:
         """Counters, latencies and sizes in Prometheus text form."""

@@ -67,12 +67,16 @@ class Room:
 
     Args:
         catalogue: of the namespace, whose folder has its shards.
-        max_bytes: most bytes of shard files; None: unbounded.
+        max_bytes: most bytes of shard files; None: as the store was made.
         shard_bytes: size of a full shard.
     """
 
     def __init__(self, catalogue: Catalogue, max_bytes: int | None, shard_bytes: int):
-        self.catalogue, self.folder, self.max_bytes = catalogue, catalogue.path.parent, max_bytes
+        self.catalogue, self.folder = catalogue, catalogue.path.parent
+        stored = catalogue.meta["max_bytes"]
+        if max_bytes is not None and str(max_bytes) != stored and not catalogue.read_only:
+            catalogue.set_meta("max_bytes", str(max_bytes))
+        self.max_bytes = max_bytes = max_bytes or int(stored or 0) or None
         self.shard_bytes = shard_bytes if max_bytes is None else min(shard_bytes, max(max_bytes // 8, 1))
         self._used: dict[int, float] = {}
         self._lock = threading.Lock()
@@ -221,14 +225,13 @@ class Room:
             except DamagedShardError:
                 self.catalogue.mark_damaged(places)
                 continue
-            shard.load([place[3:] for place in places])
-            for place in places:
-                if shard.verify(*place[3:]):
-                    parts.append(shard.slice(place.start, place.tokens))
-                    moves.append((start, place.state, number))
-                    start += place.tokens
-                else:
-                    self.catalogue.mark_damaged([place])
+            intact = shard.fetch(places)
+            for place in intact:
+                parts.append(shard.context(place))
+                moves.append((start, place.state, number))
+                start += place.tokens
+            if len(intact) < len(places):
+                self.catalogue.mark_damaged(place for place in places if place not in intact)
         if parts:
             name = new_shard_name()
             with self.catalogue.writing():
