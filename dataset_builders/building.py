@@ -31,7 +31,7 @@ def build_source(
     output: str,
     path: str | None = None,
     settings: Settings | None = None,
-    on_error: str = "raise",
+    on_error: str = "limit",
     num_proc: int = 1,
 ) -> dict[str, Any]:
     """Build one source into the new folder `output` and return the build table; arguments as for `read_source`."""
@@ -49,7 +49,7 @@ def build_mix_folder(
     benchmarks: list[str] | None = None,
     settings: Settings | None = None,
     commercial_only: bool = False,
-    on_error: str = "raise",
+    on_error: str = "limit",
     num_proc: int = 1,
 ) -> dict[str, Any]:
     """Build every source and the mix, the default configuration, into the new folder `output`; return the build table.

@@ -6,19 +6,19 @@ tasks, a task takes whole files, else every so manieth record of each file.
 """
 
 import json
-from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
 import fsspec
+import pyarrow.parquet
 from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, SlurmPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 
 from dataset_builders.building import finish
 from dataset_builders.files import Record, expand_paths
 from dataset_builders.hub import parse_hub_id
-from dataset_builders.reading import check_on_error, checked_rows, readable_records
+from dataset_builders.reading import UniqueNames, check_on_error, checked_rows, readable_records, too_many_failed
 from dataset_builders.schema import Report
 from dataset_builders.settings import Settings
 from dataset_builders.sources import Source, get_source, terms
@@ -46,7 +46,9 @@ class BuildShare(PipelineStep):
             filesystem.rm(local, recursive=True)
         records = share(source, self.path, rank, world_size, self.on_error, report)
         with self.track_time(), split_writers(folder) as writers:
-            for row in checked_rows(source, records, self.settings, self.on_error, report):
+            # how many may fail is known once all shares are read
+            on_error = "drop" if self.on_error == "limit" else self.on_error
+            for row in checked_rows(source, records, self.settings, on_error, report):
                 writers[source.split(row)].write(row)
                 self.stat_update("rows")
         splits = {split: writer.table() for split, writer in writers.items() if writer.rows}
@@ -72,23 +74,27 @@ class FinishBuild(PipelineStep):
 
     name, type = "finish", "dataset builder"
 
-    def __init__(self, source: str, path: str, work: str, output: str, settings: Settings, tasks: int):
+    def __init__(self, source: str, path: str, work: str, output: str, settings: Settings, tasks: int, on_error: str):
         super().__init__()
         self.source, self.path, self.work, self.output = source, path, work, output
-        self.settings, self.tasks = settings, tasks
+        self.settings, self.tasks, self.on_error = settings, tasks, on_error
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[Any]:
-        report, splits = Report(), {}
+        report, splits, names = Report(), {}, UniqueNames()
         with finished_folder(self.output) as folder:
             for part in (f"{self.work}/parts/{task:05}" for task in range(self.tasks)):
                 with fsspec.open(f"{part}/part.json") as stream:
                     table = json.load(stream)
-                report.add(Report(table["read"], table["kept"], Counter(table["dropped"])))
+                report.add(Report(*(table[name] for name in ("read", "kept", "dropped", "repaired"))))
                 for split, counts in table["splits"].items():
+                    check_names(names, f"{part}/{split}-*.parquet")
                     merged = splits.setdefault(split, {"rows": 0, "content": 0, "shards": 0})
                     merged["shards"] += copy_shards(part, f"{folder}/{self.source}", split, merged["shards"])
                     merged["rows"] += counts["rows"]
                     merged["content"] = (merged["content"] + int(counts["content"], 16)) % 2**128
+            if self.on_error == "limit" and (problem := too_many_failed(report)):
+                way_out = f"mend the files or pass on_error='drop', and name another work folder than {self.work}"
+                raise ValueError(f"{problem} ({report.dropped}); {way_out}.")
             counts = {
                 split: {"rows": splits[split]["rows"], "content": f"{splits[split]['content']:032x}"}
                 for split in SPLITS
@@ -116,6 +122,17 @@ def copy_shards(part: str, folder: str, split: str, first: int) -> int:
     return len(names)
 
 
+def check_names(names: UniqueNames, files: str) -> None:
+    """Raise where an id in the Parquet `files` was in another task's share: each task makes its own ids unique."""
+    for file in expand_paths(files):
+        with fsspec.open(file, "rb") as stream:
+            table = pyarrow.parquet.read_table(stream, columns=["dataset", "sample_idx"])
+        for row in table.to_pylist():
+            if names.unique(row["dataset"], row["sample_idx"]) != row["sample_idx"]:
+                rule = "appears in the shares of two tasks; build this source in one process, which makes ids unique"
+                raise ValueError(f"`sample_idx` {row['sample_idx']!r} of {row['dataset']} {rule}.")
+
+
 def keep_request(work: str, request: dict[str, Any]) -> None:
     """Note in `work` what is built there; raise when it is something else than before."""
     path = f"{work}/request.json"
@@ -137,7 +154,7 @@ def cluster_build(
     tasks: int,
     executor: str = "local",
     settings: Settings | None = None,
-    on_error: str = "raise",
+    on_error: str = "limit",
     workers: int = -1,
     **options: Any,
 ) -> Any:
@@ -167,7 +184,7 @@ def cluster_build(
         work, {"source": name, "path": path, "tasks": tasks, "on_error": on_error, "settings": settings.digest()}
     )
     share_step = BuildShare(name, path, work, settings, on_error)
-    finish_step = FinishBuild(name, path, work, output, settings, tasks)
+    finish_step = FinishBuild(name, path, work, output, settings, tasks, on_error)
     kind = EXECUTORS[executor]
     rows = kind([share_step], tasks=tasks, workers=workers, logging_dir=f"{work}/logs/rows", **options)
     # always done again: its result is the output, which is not there yet

@@ -1,8 +1,9 @@
 """Typed access to the fields of a source's records."""
 
+from collections.abc import Callable
 from typing import Any
 
-from dataset_builders.schema import RecordError
+from dataset_builders.schema import RecordError, Repair
 
 _NAMES = {str: "a string", list: "a list", dict: "an object", int: "an integer", bool: "true or false"}
 
@@ -41,3 +42,20 @@ def zip_columns(record: Any, names: tuple[str, ...], where: str = "") -> list[tu
             rule = f"must be as long as `{names[0]}` ({len(columns[0])}), got {len(column)}"
             raise RecordError(where + name, rule)
     return list(zip(*columns, strict=True))
+
+
+def readable(read: Callable[[int, Any], Any], items: list[Any]) -> tuple[list[Any], list[Repair]]:
+    """`read(index, item)` of each item; of several, those that cannot be read are left out, a repair for each.
+
+    Raises:
+        RecordError: none of the items can be read.
+    """
+    values, errors = [], []
+    for index, item in enumerate(items):
+        try:
+            values.append(read(index, item))
+        except RecordError as error:
+            errors.append(error)
+    if errors and not values:
+        raise errors[0]
+    return values, [Repair(error.reason) for error in errors]

@@ -1,7 +1,9 @@
 """Source files as streams of records, through fsspec (local, http, s3, hf), plain or compressed."""
 
 import gzip
+import io
 import json
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,9 +17,16 @@ import pyarrow
 import pyarrow.parquet
 
 from dataset_builders.json_position import BLOCK, record_line, syntax_error_position
-from dataset_builders.schema import RecordError
+from dataset_builders.schema import HALF_PAIR, RecordError
 
 _PARQUET_BATCH = 64
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+# in JSON: a surrogate pair, half of one, or another escape
+_ESCAPE = re.compile(
+    rb"\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|(?P<half>u[dD][89a-fA-F][0-9a-fA-F]{2})|.)",
+    re.DOTALL,
+)
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 class SourceError(ValueError):
@@ -47,7 +56,7 @@ class Record:
         """The place with its line, which costs reading a JSON document once more."""
         if not self.prefix:
             return self.place
-        return f"{self.place} (line {record_line(partial(open_stream, self.file), self.prefix, self.number)})"
+        return f"{self.place} (line {record_line(partial(open_json, self.file), self.prefix, self.number)})"
 
     def without_content(self) -> "Record":
         """The place alone."""
@@ -69,6 +78,8 @@ class Record:
             ) from None
         except json.JSONDecodeError as error:
             raise RecordError("line", f"is not JSON: {error.msg} at column {error.colno}") from None
+        except (ValueError, RecursionError) as error:
+            raise RecordError("line", f"is not JSON that can be read: {error}") from None
 
 
 def file_records(path: str, read_json: Callable[[str], Iterator[Record]] | None = None) -> Iterator[Record]:
@@ -134,7 +145,7 @@ def expand_paths(path: str) -> list[str]:
 
 def broken_json(path: str, error: Exception) -> SourceError:
     """The error for a JSON document that does not parse, with its place."""
-    position = syntax_error_position(partial(open_stream, path))
+    position = syntax_error_position(partial(open_json, path))
     if position is None:
         return SourceError(path, "", "is empty")
     reason = str(error).split("\n")[0].strip() or type(error).__name__
@@ -149,7 +160,45 @@ def open_stream(path: str) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def _readable(file: str, count: list[int], unit: str) -> Iterator[None]:
+def open_text(path: str) -> Iterator[BinaryIO]:
+    """As `open_stream`, behind the byte-order mark that some editors write."""
+    with open_stream(path) as stream:
+        buffered = io.BufferedReader(stream)
+        if buffered.peek(3).startswith(_BYTE_ORDER_MARK):
+            buffered.read(3)
+        yield buffered
+
+
+@contextmanager
+def open_json(path: str) -> Iterator["_JsonStream"]:
+    """As `open_text`, for the parser of JSON documents."""
+    with open_text(path) as stream:
+        yield _JsonStream(stream)
+
+
+class _JsonStream:
+    """The bytes of a JSON document in which half a surrogate pair is written as `HALF_PAIR`.
+
+    The parser would make "?" of it, or a letter with what comes next. The length stays, so that places stay right.
+    """
+
+    def __init__(self, stream: BinaryIO):
+        self._stream = stream
+
+    def read(self, size: int = -1) -> bytes:
+        """The next block, somewhat longer than `size` where an escape would be cut in two."""
+        block = self._stream.read(size)
+        while b"\\" in block[-12:] and (more := self._stream.read(64)):
+            block += more
+        return _ESCAPE.sub(_mark_half, block) if _SURROGATE.search(block) else block
+
+
+def _mark_half(escape: re.Match[bytes]) -> bytes:
+    return HALF_PAIR.encode("ascii", "backslashreplace") if escape["half"] else escape[0]
+
+
+@contextmanager
+def broken_compression(file: str, count: list[int], unit: str) -> Iterator[None]:
     """Turn what a broken compressed stream raises into an error that names the place reached."""
     try:
         yield
@@ -165,7 +214,7 @@ def json_lines(stream: BinaryIO, file: str) -> Iterator[Record]:
         SourceError: truncated compression, or no record at all.
     """
     count, found = [0], False
-    with _readable(file, count, "line"):
+    with broken_compression(file, count, "line"):
         for line in stream:
             count[0] += 1
             if line.strip():
@@ -182,7 +231,7 @@ def json_items(path: str, prefix: str) -> Iterator[Record]:
         SourceError: truncated compression, broken JSON (with its line), an empty file, or nothing at `prefix`.
     """
     count = [0]
-    with _readable(path, count, "record"), open_stream(path) as stream:
+    with broken_compression(path, count, "record"), open_json(path) as stream:
         try:
             for item in ijson.items(stream, prefix, use_float=True, buf_size=BLOCK):
                 count[0] += 1
@@ -214,7 +263,7 @@ def json_columns(path: str, names: tuple[str, ...]) -> Iterator[Record]:
 
 def _column(path: str, name: str) -> Iterator[tuple[str, Any]]:
     count = [0]
-    with _readable(path, count, "record"), open_stream(path) as stream:
+    with broken_compression(path, count, "record"), open_json(path) as stream:
         try:
             for pair in ijson.kvitems(stream, name, use_float=True, buf_size=BLOCK):
                 count[0] += 1

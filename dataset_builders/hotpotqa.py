@@ -25,7 +25,7 @@ def convert(name: str, record: Any, settings: Settings) -> Iterator[Row | Drop |
     if "answer" not in record:
         yield Drop("no answer given (test set)")
         return
-    answer = get(record, "answer", str).strip()
+    answer = get(record, "answer", str)
     paragraphs = [(title, text) for title, text in _paragraphs(record) if text]
     supporting = _supporting_titles(record)
     if not paragraphs:

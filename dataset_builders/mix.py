@@ -29,7 +29,7 @@ def build_mix(
     benchmarks: list[str] | None = None,
     seed: int = 0,
     commercial_only: bool = False,
-    on_error: str = "raise",
+    on_error: str = "limit",
     num_proc: int = 1,
 ) -> "Mix":
     """Prepare a mix of sources.

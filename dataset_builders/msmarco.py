@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from dataset_builders.fields import get, get_strings
+from dataset_builders.fields import get, get_strings, readable
 from dataset_builders.files import json_columns
-from dataset_builders.schema import Drop, RecordError, Row, make_row
+from dataset_builders.schema import NONE_GIVEN, Drop, RecordError, Repair, Row, make_row
 
 NO_ANSWER_PRESENT = "No Answer Present."
 COLUMNS = ("query_id", "query", "passages", "answers", "wellFormedAnswers")
@@ -18,7 +18,7 @@ COLUMNS = ("query_id", "query", "passages", "answers", "wellFormedAnswers")
 read_json = partial(json_columns, names=COLUMNS)
 
 
-def convert(record: Any) -> Iterator[Row | Drop | RecordError]:
+def convert(record: Any) -> Iterator[Row | Drop | Repair | RecordError]:
     """A row for a question."""
     row_id = str(get(record, "query_id", int))
     texts, selected = _passages(record)
@@ -26,18 +26,26 @@ def convert(record: Any) -> Iterator[Row | Drop | RecordError]:
     if not kept:
         yield Drop("no passage")
         return
-    answers = get_strings(record, "answers")
     # absent well-formed answers are the string "[]"
     well_formed = record.get("wellFormedAnswers")
-    answers = answers + (get_strings(record, "wellFormedAnswers") if isinstance(well_formed, list) else [])
-    answers = [answer.strip() for answer in answers if answer.strip()]
+    given = get(record, "answers", list) + (well_formed if isinstance(well_formed, list) else [])
+    answers, repairs = readable(_answer, given)
+    yield from repairs
+    answers = [answer for answer in answers if answer.strip()]
     if not answers:
-        yield Drop("no answer given")
+        yield Drop(NONE_GIVEN)
         return
-    answers = [] if answers[0] == NO_ANSWER_PRESENT else [a for a in answers if a != NO_ANSWER_PRESENT]
+    absent = answers[0].strip() == NO_ANSWER_PRESENT
+    answers = [] if absent else [answer for answer in answers if answer.strip() != NO_ANSWER_PRESENT]
     useful = [index for index, old in enumerate(kept) if selected[old]] if answers else []
-    question = get(record, "query", str).strip()
+    question = get(record, "query", str)
     yield make_row("msmarco", row_id, question, [texts[index] for index in kept], answers, useful=useful)
+
+
+def _answer(index: int, answer: Any) -> str:
+    if not isinstance(answer, str):
+        raise RecordError(f"answers[{index}]", f"must be a string, got {type(answer).__name__}")
+    return answer
 
 
 def _passages(record: Any) -> tuple[list[str], list[bool]]:

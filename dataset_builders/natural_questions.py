@@ -8,12 +8,13 @@ annotators (the development set) two must have marked a long answer, as in the o
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from dataset_builders.fields import get, zip_columns
+from dataset_builders.fields import get, readable, zip_columns
 from dataset_builders.files import file_records
-from dataset_builders.schema import Drop, RecordError, Row, make_row
+from dataset_builders.schema import Drop, RecordError, Repair, Row, make_row
 from dataset_builders.settings import Settings
 from dataset_builders.splits import normalize
 
@@ -29,9 +30,10 @@ class Annotation:
     long: Span | None
     short: list[Span]
     yes_no: str
+    repairs: list[Repair]
 
 
-def convert(record: Any, settings: Settings) -> Iterator[Row | Drop | RecordError]:
+def convert(record: Any, settings: Settings) -> Iterator[Row | Drop | Repair | RecordError]:
     """A row for a question, or the reason for none."""
     question = _question(record)
     if settings.nq_open is not None and normalize(question) not in settings.nq_open:
@@ -39,11 +41,13 @@ def convert(record: Any, settings: Settings) -> Iterator[Row | Drop | RecordErro
         return
     row_id = str(record["id"] if "id" in record else get(record, "example_id", int))
     title, tokens = _document(record)
-    annotations = [_checked(annotation, tokens) for annotation in _annotations(record)]
+    given = list(_annotations(record))
+    annotations, repairs = readable(partial(_annotation, len(tokens)), given)
+    yield from [*repairs, *(repair for annotation in annotations for repair in annotation.repairs)]
     marked = [annotation for annotation in annotations if annotation.long]
-    needed = NEEDED_OF_MANY if len(annotations) >= MANY_ANNOTATORS else 1
+    needed = NEEDED_OF_MANY if len(given) >= MANY_ANNOTATORS else 1
     if len(marked) < needed:
-        passages = [text for span in _passages(record) if (text := _text(tokens, span))]
+        passages = [text for span in _passages(record, len(tokens)) if (text := _text(tokens, span))]
         if not passages:
             yield Drop("no long answer, and no other passage")
             return
@@ -91,47 +95,43 @@ def _text(tokens: list[tuple[str, bool]], span: Span) -> str:
     return " ".join(token for token, is_markup in tokens[span[0] : span[1]] if not is_markup).strip()
 
 
-def _checked(annotation: Annotation, tokens: list[tuple[str, bool]]) -> Annotation:
-    """The annotation, its spans checked to lie inside the page, and the short ones inside the long one."""
-    for name, span in [("long_answer", annotation.long), *(("short_answers", span) for span in annotation.short)]:
-        first, last = annotation.long if name == "short_answers" and annotation.long else (0, len(tokens))
-        if span is not None and not first <= span[0] < span[1] <= last:
-            raise RecordError(f"annotations.{name}", f"span outside its text: {list(span)} of [{first}, {last}]")
-    return annotation
-
-
-def _annotations(record: Any) -> list[Annotation]:
-    if isinstance(record.get("annotations"), dict):
-        return [_hub_annotation(*columns) for columns in _hub_columns(record["annotations"])]
-    found = []
+def _annotations(record: Any) -> Iterator[tuple[Any, Any, Any]]:
+    """Long answer, short answers and yes or no of each annotator, as the original files write them."""
+    annotations = record.get("annotations")
+    if isinstance(annotations, dict):
+        columns = zip_columns(annotations, ("long_answer", "short_answers", "yes_no_answer"), "annotations.")
+        for long, short, yes_no in columns:
+            spans = zip_columns(short, ("start_token", "end_token"), "annotations.short_answers.")
+            yield long, [{"start_token": start, "end_token": end} for start, end in spans], _HUB_YES_NO.get(yes_no)
+        return
     for index, annotation in enumerate(get(record, "annotations", list)):
         where = f"annotations[{index}]."
-        long = _span(get(annotation, "long_answer", dict, where), where + "long_answer.")
-        short = [
-            _span(span, f"{where}short_answers[{number}].")
-            for number, span in enumerate(get(annotation, "short_answers", list, where))
-        ]
-        found.append(Annotation(long, [span for span in short if span], get(annotation, "yes_no_answer", str, where)))
-    return found
+        long, short = get(annotation, "long_answer", dict, where), get(annotation, "short_answers", list, where)
+        yield long, short, get(annotation, "yes_no_answer", str, where)
 
 
-def _span(record: Any, where: str) -> Span | None:
-    start, end = get(record, "start_token", int, where), get(record, "end_token", int, where)
-    return None if start == end == -1 else (start, end)
+def _annotation(num_tokens: int, index: int, annotation: tuple[Any, Any, Any]) -> Annotation:
+    """The annotation, its spans checked to lie inside the page, and the short ones inside the long one."""
+    where = f"annotations[{index}]."
+    if annotation[2] is None:
+        raise RecordError(where + "yes_no_answer", "must be -1, 0 or 1")
+    long = _span((0, num_tokens), where + "long_answer", annotation[0])
+    bounds = long or (0, num_tokens)
+    short, repairs = readable(lambda n, span: _span(bounds, f"{where}short_answers[{n}]", span), annotation[1])
+    return Annotation(long, [span for span in short if span], annotation[2], repairs)
 
 
-def _hub_columns(annotations: dict[str, Any]) -> list[tuple[Any, ...]]:
-    return zip_columns(annotations, ("long_answer", "short_answers", "yes_no_answer"), "annotations.")
+def _span(bounds: Span, where: str, record: Any) -> Span | None:
+    """The tokens of a span; None: it says that there is none."""
+    start, end = get(record, "start_token", int, f"{where}."), get(record, "end_token", int, f"{where}.")
+    if start == end == -1:
+        return None
+    if not bounds[0] <= start < end <= bounds[1]:
+        raise RecordError(where, f"span outside its text: [{start}, {end}] of {list(bounds)}")
+    return start, end
 
 
-def _hub_annotation(long: Any, short: Any, yes_no: Any) -> Annotation:
-    spans = zip_columns(short, ("start_token", "end_token"), "annotations.short_answers.")
-    if yes_no not in _HUB_YES_NO:
-        raise RecordError("annotations.yes_no_answer", f"must be -1, 0 or 1, got {yes_no!r}")
-    return Annotation(_span(long, "annotations.long_answer."), spans, _HUB_YES_NO[yes_no])
-
-
-def _passages(record: Any) -> list[Span]:
+def _passages(record: Any, num_tokens: int) -> list[Span]:
     """The top-level passages of the page."""
     candidates = record.get("long_answer_candidates")
     if isinstance(candidates, dict):
@@ -139,9 +139,9 @@ def _passages(record: Any) -> list[Span]:
         return [(start, end) for start, end, top_level in columns if top_level]
     spans = []
     for index, candidate in enumerate(get(record, "long_answer_candidates", list)):
-        where = f"long_answer_candidates[{index}]."
-        if get(candidate, "top_level", bool, where):
-            spans.append(_span(candidate, where))
+        where = f"long_answer_candidates[{index}]"
+        if get(candidate, "top_level", bool, f"{where}."):
+            spans.append(_span((0, num_tokens), where, candidate))
     return [span for span in spans if span]
 
 

@@ -1,17 +1,19 @@
 """From a source's files to checked rows, in a stream, by one process or several."""
 
-import re
+import sqlite3
 from collections.abc import Iterable, Iterator
 
 from dataset_builders.files import Record, SourceError, expand_paths
 from dataset_builders.parallel import blocks, check_num_proc, ordered_map
-from dataset_builders.schema import Drop, RecordError, Report, Row, validate_row
+from dataset_builders.schema import ERROR, Drop, RecordError, Repair, Report, Row, validate_row
 from dataset_builders.settings import Settings
 from dataset_builders.sources import Outcome, Source, get_source
 from dataset_builders.splits import check_split
 
 # records handed to a worker at a time
 _BLOCK_RECORDS = 16
+# of the questions read, how many may fail when `on_error` is "limit", and how often that is looked at
+FAILED_SHARE, _LOOK_EVERY = 0.01, 10_000
 
 
 def read_source(
@@ -19,7 +21,7 @@ def read_source(
     path: str | None = None,
     split: str = "train",
     seed: int = 0,
-    on_error: str = "raise",
+    on_error: str = "limit",
     report: Report | None = None,
     settings: Settings | None = None,
     num_proc: int = 1,
@@ -31,7 +33,9 @@ def read_source(
         path: a file, URL or pattern in the source's official format, or a Hub id (`organisation/name`, with
             `:configuration` and `@split` where they matter); None: the source's own default.
         split: "train", "validation", "dev", "test" (by document, the same for every seed) or "all".
-        on_error: "raise", or "drop" to leave out records that cannot be read and count them.
+        on_error: what happens to records that cannot be read: "limit" leaves them out and counts them, and stops where
+            more than 1 % fail (looked at every 10,000 questions and at the end); "drop" never stops; "raise" stops at
+            the first. A file that breaks off, behind which nothing can be counted, is left out by "drop" alone.
         report: filled with what was read, kept and dropped, over all splits, as the stream advances.
         settings: the seed together with the options that some sources have; give it or `seed`.
         num_proc: processes that parse and convert; the rows and their order do not depend on it.
@@ -53,9 +57,9 @@ def read_source(
 
 
 def check_on_error(on_error: str) -> None:
-    """Raise unless `on_error` is "raise" or "drop"."""
-    if on_error not in ("raise", "drop"):
-        raise ValueError(f'`on_error` must be "raise" or "drop", got {on_error!r}.')
+    """Raise unless `on_error` is "limit", "raise" or "drop"."""
+    if on_error not in ("limit", "raise", "drop"):
+        raise ValueError(f'`on_error` must be "limit", "raise" or "drop", got {on_error!r}.')
 
 
 def checked_rows(
@@ -69,10 +73,19 @@ def checked_rows(
             _convert_block, blocks(records, _BLOCK_RECORDS), num_proc, _start_worker, (source.name, settings)
         )
         settled = (entry for block in done for entry in block)
+    names, first = UniqueNames(), None
     for record, found in settled:
         for outcome in found:
-            if (row := settle(outcome, record, on_error, report)) is not None:
+            if isinstance(outcome, RecordError):
+                first = first or (record.without_content(), outcome)
+                if on_error == "raise":
+                    raise _source_error(*first)
+            if (row := _settle(outcome, names, report)) is not None:
                 yield row
+            if on_error == "limit" and report.read % _LOOK_EVERY == 0:
+                _check_failed(report, first)
+    if on_error == "limit":
+        _check_failed(report, first)
 
 
 _worker: tuple[Source, Settings] | None = None
@@ -98,27 +111,62 @@ def readable_records(source: Source, path: str | None, on_error: str, report: Re
         try:
             yield from source.records(file)
         except SourceError as error:
-            if on_error == "raise" or not error.place:
+            if on_error != "drop" or not error.place:
                 raise
-            report.drop(f"error: {error.problem.split(':')[0]}")
+            report.drop(ERROR + error.problem.split(":")[0])
 
 
-def settle(outcome: Outcome, record: Record, on_error: str, report: Report) -> Row | None:
-    """Count an outcome; return the row, if it is one.
-
-    Raises:
-        SourceError: an unreadable record that is not to be dropped.
-    """
+def _settle(outcome: Outcome, names: "UniqueNames", report: Report) -> Row | None:
+    """Count an outcome; return the row, if it is one."""
     if isinstance(outcome, Drop):
         report.drop(outcome.reason)
-        return None
-    if isinstance(outcome, RecordError):
-        if on_error == "raise":
-            raise SourceError(record.file, record.located(), str(outcome), outcome.field)
-        report.drop(drop_reason(outcome))
-        return None
-    report.keep()
-    return outcome
+    elif isinstance(outcome, Repair):
+        report.repair(outcome.reason)
+    elif isinstance(outcome, RecordError):
+        report.drop(ERROR + outcome.reason)
+    else:
+        report.keep()
+        unique = names.unique(outcome["dataset"], outcome["sample_idx"])
+        if unique != outcome["sample_idx"]:
+            report.repair("`sample_idx` was there before")
+            return outcome | {"sample_idx": unique}
+        return outcome
+    return None
+
+
+class UniqueNames:
+    """Makes ids unique: the second "a" becomes "a#2". They are kept in a temporary file, so memory does not grow."""
+
+    def __init__(self):
+        self._table = sqlite3.connect("", isolation_level=None, check_same_thread=False)
+        # lost with the process in any case
+        self._table.execute("PRAGMA journal_mode = OFF")
+        self._table.execute("CREATE TABLE names (space, name, count, PRIMARY KEY (space, name)) WITHOUT ROWID")
+
+    def unique(self, space: str, name: str) -> str:
+        """`name`, or `name` with the first free number behind it."""
+        count = "INSERT INTO names VALUES (?, ?, 1) ON CONFLICT DO UPDATE SET count = count + 1 RETURNING count"
+        candidate = name
+        while (number := self._table.execute(count, (space, candidate)).fetchone()[0]) > 1:
+            name, candidate = candidate, f"{candidate}#{number}"
+        return candidate
+
+
+def _source_error(record: Record, error: RecordError) -> SourceError:
+    return SourceError(record.file, record.located(), str(error), error.field)
+
+
+def too_many_failed(report: Report) -> str:
+    """What is wrong where more than `FAILED_SHARE` of the questions failed; "" where not."""
+    if report.failed <= FAILED_SHARE * report.read:
+        return ""
+    return f"{report.failed} of {report.read} questions failed, more than {FAILED_SHARE:.0%}"
+
+
+def _check_failed(report: Report, first: tuple[Record, RecordError] | None) -> None:
+    if first and (problem := too_many_failed(report)):
+        error = _source_error(*first)
+        raise SourceError(error.file, error.place, f"{error.problem} ({problem})", error.field)
 
 
 def outcomes(source: Source, record: Record, settings: Settings) -> Iterator[Outcome]:
@@ -133,10 +181,3 @@ def outcomes(source: Source, record: Record, settings: Settings) -> Iterator[Out
             yield outcome
     except RecordError as error:
         yield error
-
-
-def drop_reason(error: RecordError) -> str:
-    """The reason under which an unreadable record is counted: its field and rule, without indices and values."""
-    rule = re.split(r"[,:;(]", error.message)[0]
-    field = re.sub(r"\[\d+\]", "[]", error.field)
-    return f"error: `{field}` {rule.strip()}"

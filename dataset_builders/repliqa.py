@@ -11,6 +11,6 @@ def convert(record: Any) -> Iterator[Row | Drop | RecordError]:
     """A row for a question; the document's id stands in for a title."""
     answer = get(record, "answer", str).strip()
     title = get(record, "document_id", str)
-    question, text = get(record, "question", str).strip(), get(record, "document_extracted", str)
+    question, text = get(record, "question", str), get(record, "document_extracted", str)
     answers = [] if answer == NO_ANSWER else [answer]
     yield make_row("repliqa", get(record, "question_id", str), question, [text], answers, titles=[title])

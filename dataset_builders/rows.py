@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dataset_builders.fields import get
-from dataset_builders.files import Record, SourceError, expand_paths, open_stream
+from dataset_builders.files import Record, SourceError, broken_compression, expand_paths, open_text
 from dataset_builders.schema import Drop, RecordError, Row, make_text_row
 from dataset_builders.wheels import fetch_wheel
 
@@ -28,25 +28,31 @@ def text_records(path: str | None) -> Iterator[Record]:
     if path is None:
         raise ValueError("source 'text' needs `path`: a text file, or a pattern such as folder/*.txt.")
     for file in expand_paths(path):
-        count, first, lines = 0, 1, []
-        with open_stream(file) as stream:
-            for number, line in enumerate(stream, start=1):
-                try:
-                    text = line.decode("utf-8").strip()
-                except UnicodeDecodeError as error:
-                    problem = f"is not UTF-8: byte {error.start} is {line[error.start]:#04x}"
-                    raise SourceError(file, f"line {number}", problem) from None
-                if text:
-                    first, lines = (number if not lines else first), [*lines, text]
-                elif lines:
-                    count += 1
-                    yield Record(file, f"line {first}", {"file": file, "number": count, "text": "\n".join(lines)})
-                    lines = []
-        if lines:
-            count += 1
-            yield Record(file, f"line {first}", {"file": file, "number": count, "text": "\n".join(lines)})
+        count = 0
+        for count, (first, text) in enumerate(_paragraphs(file), start=1):
+            yield Record(file, f"line {first}", {"file": file, "number": count, "text": text})
         if not count:
             raise SourceError(file, "", "is empty")
+
+
+def _paragraphs(file: str) -> Iterator[tuple[int, str]]:
+    """First line and text of each paragraph."""
+    number, lines = [0], []
+    with broken_compression(file, number, "line"), open_text(file) as stream:
+        for line in stream:
+            number[0] += 1
+            try:
+                text = line.decode("utf-8").strip()
+            except UnicodeDecodeError as error:
+                problem = f"is not UTF-8: byte {error.start} is {line[error.start]:#04x}"
+                raise SourceError(file, f"line {number[0]}", problem) from None
+            if text:
+                lines.append(text)
+            elif lines:
+                yield number[0] - len(lines), "\n".join(lines)
+                lines = []
+    if lines:
+        yield number[0] - len(lines) + 1, "\n".join(lines)
 
 
 def convert_text(record: dict[str, Any]) -> Iterator[Row]:

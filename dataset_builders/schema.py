@@ -15,12 +15,15 @@ A row is one question of one source:
     question_type    what the source calls this kind of question, "" where it does not say
 """
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
 import datasets
 
 NO_ANSWER = "UNANSWERABLE"
+# a noncharacter that stands for half a surrogate pair in parsed JSON documents
+HALF_PAIR = "\ufdd0"
 
 Row = dict[str, Any]
 
@@ -40,8 +43,13 @@ FEATURES = datasets.Features(
     }
 )
 
+_HALF_PAIR = re.compile(f"[\ud800-\udfff{HALF_PAIR}]")
 _STRINGS = ("sample_idx", "dataset", "question", "answer", "question_type")
 _STRING_LISTS = ("titles_list", "contexts_list", "answers")
+
+
+# why a question is dropped whose answer is blank, or missing where its source does not say that there is none
+NONE_GIVEN = "no answer given"
 
 
 class RecordError(ValueError):
@@ -56,6 +64,13 @@ class RecordError(ValueError):
         # errors travel from worker processes
         return RecordError, (self.field, self.message)
 
+    @property
+    def reason(self) -> str:
+        """What it is counted under: field and rule, without indices and values."""
+        rule = re.split(r"[,:;(]| at ", self.message)[0]
+        field = re.sub(r"\[\d+\]", "[]", self.field)
+        return f"`{field}` {rule.strip()}"
+
 
 @dataclass(frozen=True)
 class Drop:
@@ -64,13 +79,34 @@ class Drop:
     reason: str
 
 
+@dataclass(frozen=True)
+class Repair:
+    """Something bad that is left out of a question that stays, and why."""
+
+    reason: str
+
+
+ERROR = "error: "
+
+
 @dataclass
 class Report:
-    """What became of the questions of a source: `read == kept + sum(dropped.values())`."""
+    """What became of the questions of a source: `read == kept + sum(dropped.values())`.
+
+    Args:
+        dropped: reason -> questions left out; those that could not be read have reasons that start with "error: ".
+        repaired: reason -> what was left out of questions that stay, or changed in them.
+    """
 
     read: int = 0
     kept: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
+    repaired: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def failed(self) -> int:
+        """Questions and records that could not be read."""
+        return sum(count for reason, count in self.dropped.items() if reason.startswith(ERROR))
 
     def keep(self, count: int = 1) -> None:
         self.read += count
@@ -80,14 +116,19 @@ class Report:
         self.read += count
         self.dropped[reason] = self.dropped.get(reason, 0) + count
 
+    def repair(self, reason: str, count: int = 1) -> None:
+        self.repaired[reason] = self.repaired.get(reason, 0) + count
+
     def add(self, other: "Report") -> None:
-        self.read += other.read
-        self.kept += other.kept
+        self.keep(other.kept)
         for reason, count in other.dropped.items():
-            self.dropped[reason] = self.dropped.get(reason, 0) + count
+            self.drop(reason, count)
+        for reason, count in other.repaired.items():
+            self.repair(reason, count)
 
     def as_dict(self) -> dict[str, Any]:
-        return {"read": self.read, "kept": self.kept, "dropped": dict(sorted(self.dropped.items()))}
+        tables = {"dropped": dict(sorted(self.dropped.items())), "repaired": dict(sorted(self.repaired.items()))}
+        return {"read": self.read, "kept": self.kept} | tables
 
 
 def make_row(
@@ -100,13 +141,19 @@ def make_row(
     useful: list[int] | None = None,
     history: list[tuple[str, str]] | None = None,
     question_type: str = "",
-) -> Row:
-    """A row of the schema; no `answers` means that the contexts hold none.
+) -> Row | Drop:
+    """A row of the schema, or a drop when all its answers are blank.
 
-    Repeated answers are removed. `titles` defaults to no titles, `useful` to every context of an answerable question.
+    Args:
+        answers: as the source gives them; blank and repeated ones are left out. Empty: the source says that the
+            contexts hold no answer.
+        titles: None: no titles.
+        useful: None: every context of an answerable question.
     """
     answerable = bool(answers)
-    answers = list(dict.fromkeys(answers)) if answerable else [NO_ANSWER]
+    answers = list(dict.fromkeys(text.strip() for text in answers if text.strip())) if answerable else [NO_ANSWER]
+    if not answers:
+        return Drop(NONE_GIVEN)
     if useful is None:
         useful = list(range(len(contexts))) if answerable else []
     return {
@@ -115,7 +162,7 @@ def make_row(
         "titles_list": titles if titles is not None else [""] * len(contexts),
         "contexts_list": contexts,
         "useful_contexts": useful,
-        "question": question,
+        "question": question.strip(),
         "history": [{"question": question, "answer": answer} for question, answer in history or []],
         "answer": answers[0],
         "answers": answers,
@@ -195,8 +242,6 @@ def _validate_unicode(row: Row) -> None:
     texts = {name: [row[name]] for name in _STRINGS} | {name: row[name] for name in _STRING_LISTS} | {"history": turns}
     for name, values in texts.items():
         for value in values:
-            try:
-                # escapes such as \ud800 are valid JSON, but no text
-                value.encode()
-            except UnicodeEncodeError as error:
-                raise RecordError(name, f"holds half a surrogate pair at character {error.start}") from None
+            # escapes such as \ud800 are valid JSON, but no text
+            if half := _HALF_PAIR.search(value):
+                raise RecordError(name, f"holds half a surrogate pair at character {half.start()}")

@@ -18,13 +18,13 @@ from dataset_builders import (
 )
 from dataset_builders.files import Record, file_records
 from dataset_builders.hub import HubLocation, hub_records, parse_hub_id
-from dataset_builders.schema import Drop, RecordError, Row
+from dataset_builders.schema import Drop, RecordError, Repair, Row
 from dataset_builders.settings import Settings
 from dataset_builders.splits import document_key, split_of
 from dataset_builders.terms import TERMS
 from dataset_builders.wheels import data_folder, kept_files
 
-Outcome = Row | Drop | RecordError
+Outcome = Row | Drop | Repair | RecordError
 Convert = Callable[[Any, Settings], Iterator[Outcome]]
 ReadFiles = Callable[[str], Iterator[Record]]
 

@@ -27,7 +27,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", required=True, help="new folder (file, s3, ...) for the build")
     parser.add_argument("--num-proc", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--on-error", choices=["raise", "drop"], default="raise")
+    parser.add_argument("--on-error", choices=["limit", "raise", "drop"], default="limit")
     parser.add_argument("--num-copies", type=int, default=1, help="HotpotQA: rows a question, shuffled differently")
     parser.add_argument("--nq-open", help="Natural Questions: keep the questions of these NQ-open files")
     parser.add_argument("--mix-of", nargs="+", metavar="SOURCE", help="sources of the mix (default: those on PyPI)")
@@ -72,6 +72,8 @@ def show(table: dict) -> None:
         dropped = config.get("dropped") or {}
         left_out = "; ".join(f"{count:,} dropped: {reason}" for reason, count in dropped.items())
         print(f"{name}: {rows}{'; ' + left_out if left_out else ''}")
+        for reason, count in (config.get("repaired") or {}).items():
+            print(f"{name}: {count:,} mended: {reason}")
     for name, overlap in table.get("contexts_found_in_training", {}).items():
         print(f"contexts of {name} found in training: {overlap['exact']} exactly, {overlap['near']} nearly "
               f"of {overlap['contexts']:,}")  # fmt: skip

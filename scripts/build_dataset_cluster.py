@@ -22,7 +22,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=-1, help="tasks at a time; -1: all")
     parser.add_argument("--executor", choices=EXECUTORS, default="local")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--on-error", choices=["raise", "drop"], default="raise")
+    parser.add_argument("--on-error", choices=["limit", "raise", "drop"], default="limit")
     parser.add_argument("--num-copies", type=int, default=1, help="HotpotQA: rows a question, shuffled differently")
     parser.add_argument("--nq-open", help="Natural Questions: keep the questions of these NQ-open files")
     parser.add_argument("--partition", help="Slurm partition")

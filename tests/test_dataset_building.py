@@ -57,7 +57,7 @@ def test_workers_report_errors_and_drops_like_one_process(tmp_path):
         with pytest.raises(
             ValueError, match=r"record 41 \(line 1\): `paragraphs\[0\].qas\[1\].id` must be a string"
         ) as error:
-            list(read_source("squad_v2", path, split="all", num_proc=num_proc))
+            list(read_source("squad_v2", path, split="all", on_error="raise", num_proc=num_proc))
         messages.append(str(error.value))
         reports.append(Report())
         rows = list(read_source("squad_v2", path, "all", on_error="drop", report=reports[-1], num_proc=num_proc))

@@ -75,14 +75,14 @@ def test_a_failed_build_is_resumed(folder):
     whole = broken.read_bytes()
     broken.write_bytes(gzip.compress(lines(10, 20) + b"{\n"))
     with pytest.raises(ValueError, match="line 11: `line` is not JSON"):
-        run(folder, 3)
+        run(folder, 3, on_error="raise")
     assert not (folder / "out").exists()
     done = sorted(path.name for path in (folder / "work" / "logs" / "rows" / "completions").iterdir())
     assert done == ["00000"]
     part = folder / "work" / "parts" / "00000" / "part.json"
     before = part.stat().st_mtime_ns
     broken.write_bytes(whole)
-    assert run(folder, 3)["configs"]["repliqa"]["kept"] == 30
+    assert run(folder, 3, on_error="raise")["configs"]["repliqa"]["kept"] == 30
     assert part.stat().st_mtime_ns == before
 
 
