@@ -21,7 +21,6 @@ from .added_modules import ADDED_PREFIXES
 from .configuration_xcllama import XCLlamaConfig
 from .context_cache import ContextCache, ProjectedContext
 from .context_encoding import bare_encoder
-from .context_repository import load_contexts
 from .cross_attention import log_implementation
 from .decoder_xcllama import XCLlamaModel, XCLlamaPreTrainedModel
 from .decoding_speed import decoding_products
@@ -112,17 +111,14 @@ class XCLlamaForCausalLM(ContextGenerationMixin, XCLlamaPreTrainedModel, LlamaFo
         """See `XCLlamaModel.project_context`."""
         return self.model.project_context(cache)
 
-    def load_context(self, path: str | Path, revision: str | None = None) -> ContextCache:
-        """Map a cache and check that this model can read it.
-
-        Args:
-            path: a cache file, or the folder or Hub id of a published corpus.
-            revision: branch, tag or commit of a Hub id.
+    def load_context(self, path: str | Path) -> ContextCache:
+        """Map the cache in a file and check that this model can read it.
 
         Raises:
             ValueError: a damaged file, or a cache of another model, template, layout or width.
+            FileNotFoundError: no such file.
         """
-        cache = load_contexts(path, revision, self.model.context_fingerprint())
+        cache = ContextCache.load(path)
         self.model.check_cache(cache)
         return cache
 

@@ -25,13 +25,12 @@ import numpy
 import torch
 from load_model import load_model
 
-from context_store import ContextStore
-from context_store.locations import Location, Locations
 from modeling_xcllama.context_cache import ContextCache
 from xcllama.provenance import require_clean, write_result
+from xcllama.store import ContextStore
 
 WIDTH, SEED = 576, 0
-MEASURED = ("context_store", "scripts/benchmark_store.py")
+MEASURED = ("xcllama/store", "scripts/benchmark_store.py")
 WORDS = [f"word{number}" for number in range(20_000)]
 
 
@@ -166,10 +165,11 @@ class Bench:
                 position += end - start
             control += perf_counter() - begin
             # open, as the control's file is
-            for shard in store.catalogue.live_shards():
+            numbers = [row[0] for row in store.catalogue.rows("SELECT shard FROM shards")]
+            for shard in numbers:
                 store._reader.forget(shard)
             drop_cache(shards)
-            for shard in store.catalogue.live_shards():
+            for shard in numbers:
                 store._reader.shard(shard)
             begin = perf_counter()
             self.read_store(store, request)
@@ -179,23 +179,8 @@ class Bench:
         return {"store_seconds": ours, "raw_seconds": control, "ratio": control / ours}
 
 
-def measure_lookup(count: int) -> dict:
-    """Finding an id among many, in memory."""
-    locations = Locations()
-    for number in range(count):
-        locations.set(f"document {number}", Location(number, number // 100, number, 300, float("inf")))
-    names = [f"document {random.randrange(count)}" for _ in range(2000)]
-    times = [seconds_of(lambda name=name: locations.get(name), 1) for name in names]
-    return {
-        "documents": count,
-        "median_microseconds": 1e6 * median(times),
-        "p99_microseconds": 1e6 * sorted(times)[int(0.99 * len(times))],
-        "bytes_per_document": locations.nbytes / count,
-    }
-
-
 def measure_search(folder: Path, count: int) -> dict:
-    """Searching among many documents of 60 words with Zipf's frequencies."""
+    """Searching among many documents of 60 words with Zipf's frequencies, and finding one by its id."""
     generator = random.Random(SEED)
     weights = [1 / (rank + 1) for rank in range(len(WORDS))]
     with ContextStore(folder, fingerprint="bench", dtype="bfloat16") as store:
@@ -212,7 +197,16 @@ def measure_search(folder: Path, count: int) -> dict:
         store.compact()
         queries = ["what is the " + " ".join(generator.choices(WORDS, weights, k=4)) for _ in range(200)]
         times = sorted(seconds_of(lambda query=query: store.search(query, k=4), 1) for query in queries)
-    return {"documents": count, "median_milliseconds": 1e3 * median(times), "p95_milliseconds": 1e3 * times[189]}
+        names = [f"d{generator.randrange(count)}" for _ in range(2000)]
+        lookups = sorted(seconds_of(lambda name=name: store.catalogue.locate(name), 1) for name in names)
+    return {
+        "documents": count,
+        "median_milliseconds": 1e3 * median(times),
+        "p95_milliseconds": 1e3 * times[189],
+        "lookup_median_microseconds": 1e6 * median(lookups),
+        "lookup_p99_microseconds": 1e6 * lookups[1979],
+        "catalogue_bytes_per_document": store.catalogue.path.stat().st_size / count,
+    }
 
 
 def resident_bytes() -> int:
@@ -296,7 +290,6 @@ def main() -> int:
             "write": lambda: bench.write,
             "warm": lambda: {str(size): bench.warm(size, 1600 // size // scale + 10) for size in (1, 8, 64)},
             "cold": lambda: {str(size): bench.cold(size, 30 // scale) for size in (1, 8, 64)},
-            "lookup": lambda: measure_lookup(1_000_000 // scale),
             "first_token": lambda: measure_first_token(folder / "first", arguments.model),
             "memory": lambda: measure_memory(folder / "memory", 1000 // scale),
             "search": lambda: measure_search(folder / "search", 200_000 // scale),

@@ -16,14 +16,14 @@ from statistics import median
 import torch
 from load_model import load_model
 
-from context_store import ContextStore
-from context_store.answering import FirstToken, ask
 from xcllama.evaluation.metrics import normalize_answer
 from xcllama.provenance import require_clean, write_result
+from xcllama.store import ContextStore
+from xcllama.store.answering import FirstToken, ask
 
 ROOT = Path(__file__).resolve().parent.parent
 MAX_NEW_TOKENS = 24
-MEASURED = ("modeling_xcllama", "context_store", "scripts/demo.py")
+MEASURED = ("modeling_xcllama", "xcllama/store", "scripts/demo.py")
 
 
 def read_documents(folder: Path) -> list[dict]:
@@ -65,9 +65,9 @@ def first_token_in_prompt(model, processor, passage: str, question: str) -> floa
     """Seconds to the first token with the passage in the prompt."""
     prompt = processor.prompts([f"{passage}\n\n{question}"])
     inputs = processor.tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
-    streamer = FirstToken()
-    model.generate(**inputs, max_new_tokens=2, do_sample=False, streamer=streamer)
-    return streamer.seconds
+    first = FirstToken()
+    model.generate(**inputs, max_new_tokens=2, do_sample=False, stopping_criteria=[first])
+    return first.seconds
 
 
 def answer(arguments: argparse.Namespace) -> list[dict]:
@@ -84,8 +84,8 @@ def answer(arguments: argparse.Namespace) -> list[dict]:
         answers, costs = [], []
         for question, expected in document["questions"]:
             found = ask(store, model, processor, question, k=1, max_new_tokens=MAX_NEW_TOKENS)
-            passage = found.hits[0].id
-            seconds_in_prompt = first_token_in_prompt(model, processor, store.catalogue.text(passage)[0], question)
+            passage = found.hit.id
+            seconds_in_prompt = first_token_in_prompt(model, processor, store.text(passage)[0], question)
             load_seconds = found.cost.search_seconds + found.cost.get_seconds
             costs.append((load_seconds, found.first_token_seconds, seconds_in_prompt))
             right = normalize_answer(expected) in normalize_answer(found.text)

@@ -281,9 +281,9 @@ def store_table() -> str:
         cells = [f"{scale * row[key]:,.0f} {unit}" for key in (f"store_{field}", control)]
         lines.append(f"| {what} | {' | '.join(cells)} | {row['ratio']:.2f} |")
     facts = []
-    if lookup := result.get("lookup"):
-        facts.append(f"{lookup['median_microseconds']:.1f} us to find one of {lookup['documents']:,} ids")
     if search := result.get("search"):
+        lookup = search["lookup_median_microseconds"]
+        facts.append(f"{lookup:.1f} us to find one of {search['documents']:,} ids")
         times = f"{search['median_milliseconds']:.1f} ms (95th percentile {search['p95_milliseconds']:.1f} ms)"
         facts.append(f"{times} to search {search['documents']:,} documents")
     if used := result.get("memory", {}).get("used_bytes_by_documents"):

@@ -14,11 +14,11 @@ import traceback
 from pathlib import Path
 
 import torch
-from store_support import ByteProcessor, TableModel, row_states
+from store_support import TableModel, row_states, whole_store
 
-from context_store import ContextStore, MissingDocumentError
+from xcllama.store import ContextStore, MissingDocumentError
 
-MODEL, PROCESSOR = TableModel(), ByteProcessor()
+MODEL = TableModel()
 
 
 def random_text(generator: random.Random) -> str:
@@ -28,7 +28,7 @@ def random_text(generator: random.Random) -> str:
 def write_until_killed(folder: str, seed: int, pipe: int) -> None:
     """Add, change, remove and compact; say what will be done before, and that it is done after."""
     generator = random.Random(seed)
-    with ContextStore(folder, MODEL, PROCESSOR, shard_bytes=1 << 15) as store:
+    with whole_store(folder, MODEL, shard_bytes=1 << 15) as store:
         while True:
             action = generator.random()
             documents = {
@@ -79,7 +79,7 @@ def crash(folder: str, kills: int, seed: int) -> None:
                 unsure = {}
         shards = Path(folder, "ns=default", "shards")
         before = {path.name for path in shards.iterdir()}
-        store = ContextStore(folder, MODEL, PROCESSOR)
+        store = whole_store(folder, MODEL)
         known = {row[0] for row in store.catalogue.rows("SELECT name FROM shards")}
         after = {path.name for path in shards.iterdir()}
         assert known == after, known ^ after
@@ -105,7 +105,7 @@ def writer(folder: str, number: int, seconds: float) -> None:
     generator = random.Random(number)
     own: dict[str, str] = {}
     end = time.time() + seconds
-    with ContextStore(folder, MODEL, PROCESSOR, max_bytes=3_000_000) as store:
+    with whole_store(folder, MODEL, max_bytes=3_000_000) as store:
         step = 0
         while time.time() < end:
             documents = {
@@ -150,7 +150,7 @@ def reader(folder: str, number: int, seconds: float) -> None:
 
 def crowd(folder: str, seconds: float) -> None:
     """Two writers and eight readers at once, each a process; prints what each printed."""
-    ContextStore(folder, MODEL, PROCESSOR).close()
+    whole_store(folder, MODEL).close()
     children = []
     for number in range(10):
         reading, writing = os.pipe()
@@ -176,7 +176,7 @@ def crowd(folder: str, seconds: float) -> None:
 
 def add_one(folder: str) -> None:
     """A store that exists gets one more document, under the eyes of a tracer."""
-    with ContextStore(folder, MODEL, PROCESSOR) as store:
+    with whole_store(folder, MODEL) as store:
         Path(folder + ".pid").write_text(str(os.getpid()))
         end = time.time() + 30
         while "TracerPid:\t0" in Path("/proc/self/status").read_text() and time.time() < end:
@@ -190,7 +190,7 @@ def full_disk(folder: str, limit: int) -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     failures = 0
-    with ContextStore(folder, MODEL, PROCESSOR) as store:
+    with whole_store(folder, MODEL) as store:
         step = 0
         while failures < 3 and step < 200:
             text = f"document {step} " + "x" * (300 * step)
@@ -212,7 +212,7 @@ def read_only(folder: str) -> None:
     """Serve from a folder that this user cannot write."""
     os.setgid(65534)
     os.setuid(65534)
-    with ContextStore(folder, MODEL, PROCESSOR) as store:
+    with whole_store(folder, MODEL) as store:
         states = row_states(store.get("a"), 0)
         found = [hit.id for hit in store.search("lighthouse")]
         refused = []
@@ -227,7 +227,7 @@ def read_only(folder: str) -> None:
             except ValueError as error:
                 refused.append(str(error))
         try:
-            ContextStore(folder, MODEL, PROCESSOR, read_only=False)
+            whole_store(folder, MODEL, read_only=False)
         except ValueError as error:
             refused.append(str(error))
         print(

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from context_store import ContextStore
 from modeling_xcllama.context_cache import ContextCache
+from xcllama.store import ContextStore
 
 WIDTH = 16
 
@@ -54,6 +54,11 @@ def row_states(cache, row: int) -> torch.Tensor:
     return torch.cat([state[start:end] for start, end in spans])
 
 
+def whole_store(path, model=None, **options) -> ContextStore:
+    """A store of the stand-ins whose documents are not split: what is asked of a document is asked of its states."""
+    return ContextStore(path, model or TableModel(), ByteProcessor(), **({"passage_tokens": None} | options))
+
+
 @pytest.fixture
 def model():
     return TableModel()
@@ -61,7 +66,7 @@ def model():
 
 @pytest.fixture
 def store(tmp_path, model):
-    with ContextStore(tmp_path / "corpus.xcs", model, ByteProcessor()) as store:
+    with whole_store(tmp_path / "corpus.xcs", model) as store:
         yield store
 
 

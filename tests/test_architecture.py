@@ -13,13 +13,13 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 # what a wheel installs, and nothing else
-ROOTS = {"modeling_xcllama", "xcllama_kernels", "dataset_builders", "context_store", "xcllama"}
+ROOTS = {"modeling_xcllama", "xcllama_kernels", "dataset_builders", "xcllama"}
 PACKAGES = {
     "modeling_xcllama": ROOT / "modeling_xcllama",
     "xcllama_kernels": ROOT / "kernels" / "torch-ext" / "xcllama_kernels",
     "dataset_builders": ROOT / "dataset_builders",
-    "context_store": ROOT / "context_store",
     "xcllama.commands": ROOT / "xcllama" / "commands",
+    "xcllama.store": ROOT / "xcllama" / "store",
     "xcllama.training": ROOT / "xcllama" / "training",
     "xcllama.evaluation": ROOT / "xcllama" / "evaluation",
     "xcllama.publishing": ROOT / "xcllama" / "publishing",
@@ -30,11 +30,11 @@ ALLOWED = {
     "modeling_xcllama": {"xcllama_kernels"},
     "xcllama_kernels": set(),
     "dataset_builders": set(),
-    "context_store": {"modeling_xcllama"},
+    "xcllama.store": {"modeling_xcllama"},
     "xcllama.commands": {"dataset_builders", "xcllama.training", "xcllama.evaluation", "xcllama.publishing"},
-    "xcllama.training": {"modeling_xcllama", "dataset_builders", "context_store"},
-    "xcllama.evaluation": {"modeling_xcllama", "dataset_builders", "context_store"},
-    "xcllama.publishing": {"modeling_xcllama", "dataset_builders", "context_store"},
+    "xcllama.training": {"modeling_xcllama", "dataset_builders", "xcllama.store"},
+    "xcllama.evaluation": {"modeling_xcllama", "dataset_builders", "xcllama.store"},
+    "xcllama.publishing": {"modeling_xcllama", "dataset_builders", "xcllama.store"},
     "space": set(),
 }
 # what remote code and data builders may need from outside

@@ -11,6 +11,7 @@ from publishing_support import TOKEN, hub_on_loopback, make_checkpoint
 
 from xcllama.commands import main
 from xcllama.publishing.checking import run_clean
+from xcllama.store import ContextStore
 
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
@@ -30,14 +31,19 @@ try:
 except RepositoryNotFoundError as error:
     found["stranger"] = type(error).__name__
 inputs = processor(text=[question], return_tensors="pt")
-cache = model.load_context("tester/xcllama-passages", revision="v0.1.0")
+sys.path.append({root!r})
+from xcllama.store import ContextStore, DamagedDocumentError
+store = ContextStore.open("tester/xcllama-passages", model, processor, revision="v0.1.0")
+found["ids"] = sorted(store.ids())
+cache = store.get(found["ids"])
 options = {"max_new_tokens": 5, "do_sample": False}
-found["lengths"] = cache.lengths
+found["texts"] = [store.text(name)[0] for name in found["ids"]]
 found["tokens"] = model.generate(**inputs, context_cache=cache.select([2]), **options).tolist()
 try:
-    model.load_context("tester/xcllama-passages", revision="moved")
-except ValueError as error:
-    found["altered"] = str(error)
+    moved = ContextStore.open("tester/xcllama-passages", model, processor, revision="moved", cache_folder="moved")
+    moved.get(found["ids"])
+except DamagedDocumentError as error:
+    found["altered"] = error.ids
 generating = pipeline("text-generation", model=repo, revision="v0.1.0", trust_remote_code=True)
 generated = generating([question], context_cache=cache.select([2]), return_full_text=False, **options)
 found["generated"] = generated[0][0]["generated_text"]
@@ -116,7 +122,8 @@ def test_all_kinds_there_and_back(tmp_path, monkeypatch, capsys):
         api.upload_file(path_or_fileobj=bytes(content), path_in_repo=shard, revision="moved", **where)
         environment = {"HF_ENDPOINT": server.url, "HF_HUB_OFFLINE": "0", "HF_DATASETS_OFFLINE": "0"}
         environment |= {"HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-        found = run_clean(READ_BACK, TRITON_INTERPRET="1", **environment)
+        code = READ_BACK.replace("{root!r}", repr(str(ROOT)))
+        found = run_clean(code, TRITON_INTERPRET="1", **environment)
     check_read_back(found, checkpoint, tmp_path)
 
 
@@ -130,15 +137,17 @@ def check_read_back(found: dict, checkpoint: Path, folder: Path) -> None:
     assert found["digest"] == model.base_digest()
     files = sorted((ROOT / "scripts" / "passages").glob("*.json"))
     texts = {path.stem: json.loads(path.read_text())["text"] for path in files}
-    assert sorted(found["lengths"]) == sorted(len(text.encode()) for text in texts.values())
-    text = next(text for text in texts.values() if len(text.encode()) == found["lengths"][2])
-    cache = model.encode_context(**processor(contexts=[text], return_tensors="pt"))
+    assert dict(zip(found["ids"], found["texts"], strict=True)) == texts
+    with ContextStore(folder / "again", model, processor) as store:
+        store.add(texts.keys(), texts.values())
+        cache = store.get(found["ids"][2])
     inputs = processor(text=["Who?"], return_tensors="pt")
     expected = model.generate(**inputs, context_cache=cache, max_new_tokens=5, do_sample=False)
     assert found["tokens"] == expected.tolist()
     assert found["generated"]
     assert found["answers"] == 1
-    assert "another SHA-256 than the index says" in found["altered"]
+    assert found["altered"]
+    assert set(found["altered"]) < set(texts)
     assert "cross_attention" in found["kernel"]
     assert found["shape"] == [1, 1, 2, 16]
     table = json.loads((folder / "mix" / "build.json").read_text())

@@ -15,11 +15,11 @@ from huggingface_hub import HfApi
 from publishing_support import server
 from store_support import ByteProcessor, TableModel, load_slow, row_states
 
-from context_store import ContextStore
-from context_store.bulk import Settings, encode_task, finish, input_files, load_plan, make_plan, run_on_ray
-from context_store.documents import read_parquet
+from xcllama.store import ContextStore
+from xcllama.store.bulk import Settings, encode_task, finish, load_plan, run_on_ray
+from xcllama.store.manifest import Folder
 
-ROOT = Path(__file__).resolve().parents[1]
+CHECKPOINT = Path(__file__).resolve().parents[1] / "checkpoints" / "xc-smollm2-135m"
 ROWS = [{"id": f"d{i}", "text": f"document {i} on the lighthouse " * (i % 7), "page": i} for i in range(120)]
 
 
@@ -36,7 +36,7 @@ def corpus(tmp_path) -> Path:
 
 
 def settings_for(output, **options) -> Settings:
-    return Settings(str(output), **options)
+    return Settings(str(output), **({"passage_tokens": None} | options))
 
 
 def encode_all(corpus, output, characters=1500, model=None, **options):
@@ -50,7 +50,7 @@ def encode_all(corpus, output, characters=1500, model=None, **options):
 def assert_is_the_corpus(output, cache, expected=ROWS) -> None:
     model = TableModel()
     with ContextStore.open(str(output), model, ByteProcessor(), cache_folder=cache) as store:
-        assert len(store) == len(expected) == store.manifest.documents
+        assert len(store) == len(expected) == store._source.manifest.documents
         states = store.get([row["id"] for row in expected])
         for number, row in enumerate(expected):
             assert torch.equal(row_states(states, number), model.states(row["text"]))
@@ -58,24 +58,31 @@ def assert_is_the_corpus(output, cache, expected=ROWS) -> None:
         assert store.verify().damaged == []
 
 
-def test_rows_of_a_parquet_file_in_any_range(corpus):
-    for start, stop in [(0, None), (5, 23), (69, 71), (70, 70), (9, 18)]:
-        found = [document.id for document in read_parquet(corpus / "a.parquet", start=start, stop=stop)]
-        assert found == [row["id"] for row in [*ROWS[:70], ROWS[3]]][start:stop]
-
-
-def test_a_plan_has_each_document_once(corpus):
-    tasks = make_plan(input_files(str(corpus)), settings_for("unused"), 1000)
+def test_a_plan_has_each_document_once(corpus, tmp_path):
+    settings = settings_for(tmp_path / "out")
+    tasks = load_plan(str(corpus), settings, 1000)
     assert len(tasks) > 5
-    positions = {(task.file, row) for task in tasks for row in range(task.start, task.stop) if row not in task.skip}
-    assert len(positions) == 120
-    # the sixth repeated row would be a task of its own
-    assert sum(len(task.skip) for task in tasks) == 5
+    copies = [settings.folder.path(task.input_name) for task in tasks]
+    ids = [row["id"] for copy in copies for row in pyarrow.parquet.read_table(copy).to_pylist()]
+    assert ids == [row["id"] for row in ROWS]
     with pytest.raises(ValueError, match="no Parquet file"):
-        input_files(str(corpus / "*.csv"))
+        load_plan(str(corpus / "*.csv"), settings)
     pyarrow.parquet.write_table(pyarrow.table({"id": ["d1"], "text": ["another"]}), corpus / "c.parquet")
     with pytest.raises(ValueError, match="different texts with the id 'd1'"):
-        make_plan(input_files(str(corpus)), settings_for("unused"))
+        load_plan(str(corpus), settings_for(tmp_path / "other"))
+
+
+def test_a_task_reads_what_it_encodes_and_no_more(corpus, tmp_path, monkeypatch):
+    """One row group of all documents: no task opens it, each reads its own copy once."""
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "one.parquet", row_group_size=1000)
+    settings = settings_for(tmp_path / "out")
+    tasks = load_plan(str(tmp_path / "one.parquet"), settings, 1500)
+    (tmp_path / "one.parquet").unlink()
+    read, reads = Folder.read, []
+    monkeypatch.setattr(Folder, "read", lambda self, name: (reads.append(name), read(self, name))[1])
+    for task in tasks:
+        assert encode_task(task, TableModel(), ByteProcessor(), settings)
+    assert reads == [task.input_name for task in tasks]
 
 
 def test_one_process(corpus, tmp_path):
@@ -107,6 +114,8 @@ def test_a_run_goes_on_where_it_was_cut_off(corpus, tmp_path):
         encode_all(corpus, folder, dtype="int8")
     with pytest.raises(ValueError, match="another input"):
         load_plan(str(corpus / "a.parquet"), settings)
+    # of the plan only its description stays
+    assert list((folder / "plan").iterdir()) == []
 
 
 def test_quantized_at_rest(corpus, tmp_path):
@@ -126,9 +135,8 @@ def test_states_do_not_depend_on_who_encodes(corpus, tmp_path):
     finish(tasks, settings, "table-0")
     for path in (tmp_path / "one" / "catalogue").iterdir():
         other = tmp_path / "two" / "catalogue" / path.name
-        same = ["id", "start", "tokens", "checksum", "shard"]
         read = pyarrow.parquet.read_table
-        assert read(path, columns=same).equals(read(other, columns=same))
+        assert read(path).to_pylist() == read(other).to_pylist()
 
 
 def test_output_on_s3(corpus, tmp_path, bucket):
@@ -147,9 +155,9 @@ def test_a_hub_data_set_is_encoded_onto_the_hub(server, corpus, tmp_path):
         api.create_repo(f"tester/{name}", repo_type="dataset")
     for path in corpus.iterdir():
         api.upload_file(path_or_fileobj=path, path_in_repo=path.name, repo_id="tester/corpus", repo_type="dataset")
-    _, made = encode_all("tester/corpus", output, characters=6000)
+    _, made = encode_all("tester/corpus", output, characters=4000)
     assert len(made) > 2
-    assert encode_all("tester/corpus", output, characters=6000)[1] == [False] * len(made)
+    assert encode_all("tester/corpus", output, characters=4000)[1] == [False] * len(made)
     assert_is_the_corpus(output, tmp_path / "cache")
 
 
@@ -199,29 +207,21 @@ def test_a_ray_cluster_that_loses_a_node(cluster, corpus, tmp_path):
     read = pyarrow.parquet.read_table
     for path in (output / "catalogue").iterdir():
         other = tmp_path / "alone" / "catalogue" / path.name
-        assert read(path, columns=["id", "checksum"]).equals(read(other, columns=["id", "checksum"]))
+        assert read(path).to_pylist() == read(other).to_pylist()
 
 
 @pytest.mark.slow
 def test_processes_of_accelerate_launch(corpus, tmp_path):
-    """The script itself, with the real tiny models of the repository's fallback, in two processes."""
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-    ]
-    command += ["--mixed_precision", "no", "--dynamo_backend", "no", str(ROOT / "scripts" / "encode_contexts.py")]
+    """The command itself, with the real model, in two processes."""
+    launch = ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
     few = tmp_path / "few.parquet"
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS[60:80]), few)
-    for output, prefix in (("two", command), ("one", [sys.executable, str(ROOT / "scripts" / "encode_contexts.py")])):
-        arguments = ["--input", str(few), "--output", str(tmp_path / output), "--characters-per-shard", "500"]
+    for output, prefix in (("two", launch), ("one", [])):
+        arguments = ["-m", *prefix, *(["-m"] if prefix else []), "xcllama.store.command", "encode", str(few)]
+        arguments += [str(tmp_path / output), "--model", str(CHECKPOINT), "--characters-per-shard", "500"]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run([*prefix, *arguments], capture_output=True, text=True, cwd="/", env=environment)
+        done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd="/", env=environment)
         assert done.returncode == 0, done.stderr[-3000:]
         assert "20 documents" in done.stdout
     read = pyarrow.parquet.read_table
@@ -229,4 +229,4 @@ def test_processes_of_accelerate_launch(corpus, tmp_path):
     assert len(parts) > 2
     for path in parts:
         other = tmp_path / "two" / "catalogue" / path.name
-        assert read(path, columns=["id", "checksum"]).equals(read(other, columns=["id", "checksum"]))
+        assert read(path).to_pylist() == read(other).to_pylist()

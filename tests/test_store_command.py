@@ -1,9 +1,12 @@
-"""scripts/store.py with a tiny real model: every subcommand, every kind of file, and the whole way to an answer."""
+"""`xcllama store` with a tiny real model: every subcommand, every kind of file, and the whole way to an answer."""
 
 import json
+import os
 import re
-import runpy
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pyarrow
@@ -12,14 +15,13 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from typer.testing import CliRunner
 
-from context_store import ContextStore
-from context_store.answering import BreakEven
-from context_store.documents import read_documents
 from modeling_xcllama import XCLlamaForCausalLM
 from modeling_xcllama.checkpoints import load_checkpoint
-
-SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
+from xcllama.store import ContextStore
+from xcllama.store.command import app
+from xcllama.store.documents import ReadReport, find_files, read_documents
 
 
 def pdf_bytes(text: str) -> bytes:
@@ -74,120 +76,150 @@ def checkpoint(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> Path:
-    """A folder with every kind of file."""
+    """A folder with files of several kinds."""
     folder = tmp_path_factory.mktemp("corpus")
     (folder / "a.txt").write_text("The lighthouse was built by Anna.")
     (folder / "sub").mkdir()
     (folder / "sub" / "b.md").write_text("# Farm\n\nPotatoes grow here, said Bjørn.")
     (folder / "c.pdf").write_bytes(pdf_bytes("The ferry leaves at noon."))
-    rows = [{"id": "r1", "text": "A bridge of stone.", "lang": "en"}, {"id": "r2", "text": "", "lang": None}]
+    rows = [{"id": "r1", "text": "A bridge of stone.", "lang": "en"}, {"id": "r2", "text": "Silence.", "lang": None}]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "d.parquet")
-    (folder / "ignored.bin").write_bytes(b"\x00")
+    (folder / "photo.jpg").write_bytes(b"\xff\xd8\xff\xe0 no picture")
+    (folder / "nothing.txt").write_text(" \n")
+    (folder / "broken.pdf").write_bytes(b"no pdf")
+    (folder / ".hidden.txt").write_text("not looked at")
     return folder
 
 
-@pytest.fixture
-def command(monkeypatch, capsys):
-    """Run scripts/store.py in this process: exit status and output."""
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-
-    def run(*arguments) -> tuple[int, str]:
-        capsys.readouterr()
-        monkeypatch.setattr(sys, "argv", ["store.py", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            runpy.run_path(str(SCRIPTS / "store.py"), run_name="__main__")
-        captured = capsys.readouterr()
-        return stop.value.code, captured.out + (captured.err if stop.value.code == 2 else "")
-
-    return run
+def run(*arguments) -> tuple[int, str]:
+    """Exit status and output of the command; errors of its user are raised."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.stdout
 
 
-def test_every_subcommand(command, corpus, checkpoint, tmp_path, monkeypatch):
+def test_every_subcommand(corpus, checkpoint, tmp_path, monkeypatch):
     monkeypatch.setenv("XCLLAMA_CACHE", str(tmp_path / "cache"))
     store = tmp_path / "store"
-    model = ("--model", checkpoint)
-    status, output = command("add", store, corpus, *model)
-    assert (status, "5 encoded" in output) == (0, True), output
-    status, output = command("add", store, corpus, *model, "--json", tmp_path / "add.json")
-    assert "0 encoded" in output
-    assert "5 unchanged" in output
-    added = json.loads((tmp_path / "add.json").read_text())
-    assert (added["added"]["skipped"], added["store"]["documents"]) == (5, 5)
-    status, output = command("search", store, "who built the lighthouse?")
-    assert output.split()[1] == "a.txt"
-    status, output = command("search", store, "bridge", "--where", '{"lang": "en"}')
-    assert output.split()[1] == "r1"
-    status, output = command(
-        "ask",
-        store,
-        "When does the ferry leave?",
-        *model,
-        "--max-new-tokens",
-        "3",
-        "-k",
-        "1",
-        "--break-even",
-        "--json",
-        tmp_path / "ask.json",
-    )
-    assert status == 0
-    assert "c.pdf (score" in output
-    assert re.search(r"cost: 1 documents from the store, [\d,]+ bytes read", output)
-    assert "break-even against the prompt" in output
-    asked = json.loads((tmp_path / "ask.json").read_text())
-    assert asked["hits"][0]["id"] == "c.pdf"
-    assert asked["cost"]["bytes_read"] > 0
-    assert asked["break_even"]["encode_once_seconds"] > 0
-    status, output = command("get", store, "r1", "a.txt", "--output", tmp_path / "two.safetensors")
-    loaded, _ = load_checkpoint(checkpoint)
-    assert len(loaded.load_context(tmp_path / "two.safetensors")) == 2
-    assert json.loads(command("stats", store)[1])["documents"] == 5
-    assert 'xcllama_store_documents{namespace="default"} 5.0' in command("stats", store, "--prometheus")[1]
-    assert command("compact", store)[0] == 0
-    assert command("verify", store) == (0, "5 documents read, 0 damaged, 0 encoded again\n")
-    assert command("push", store, tmp_path / "snap", "--license", "cc0-1.0")[0] == 0
-    assert command("pull", tmp_path / "snap", tmp_path / "copy")[0] == 0
-    status, output = command("ask", tmp_path / "copy", "ferry", *model, "--max-new-tokens", "2", "-k", "1")
-    assert "c.pdf" in output
-    (shard,) = (store / "ns=default" / "shards").iterdir()
-    with open(shard, "r+b") as file:
-        file.truncate(shard.stat().st_size - 1)
-    status, output = command("verify", store)
-    assert status == 1
-    assert {line.split(": ")[1] for line in output.splitlines() if line.startswith("damaged")} == {
+    status, output = run("add", store, corpus, "--model", checkpoint)
+    assert (status, "5 documents encoded" in output) == (0, True), output
+    assert "files: 4 read, 2 skipped, 1 empty" in output
+    assert "skipped photo.jpg: files of the kind '.jpg' are not read, only .txt" in output
+    assert "skipped broken.pdf: no readable pdf file" in output
+    assert "  empty nothing.txt" in output
+    # the store knows its model
+    status, output = run("add", store, corpus, "--json")
+    added = json.loads(output)
+    assert (added["added"]["skipped"], added["added"]["encoded"], added["store"]["documents"]) == (5, 0, 5)
+    assert [line.split()[-1] for line in run("list", store)[1].splitlines()] == [
         "a.txt",
-        "sub/b.md",
         "c.pdf",
         "r1",
         "r2",
-    }
-    assert command("verify", store, "--repair", *model)[0] == 0
-    assert command("verify", store)[0] == 0
+        "sub/b.md",
+    ]
+    assert run("search", store, "who built the lighthouse?")[1].startswith("a.txt (score")
+    assert run("search", store, "bridge", "--where", '{"lang": "en"}')[1].startswith("r1 ")
+    status, output = run("ask", store, "When does the ferry leave?", "--max-new-tokens", "3", "-k", "2")
+    assert status == 0
+    assert "from c.pdf (score" in output
+    assert "page 1" in output
+    assert re.search(r"cost: 1 passages, [\d,]+ bytes read", output)
+    asked = json.loads(run("ask", store, "ferry", "--json", "--max-new-tokens", "2")[1])
+    assert asked["hit"]["id"] == "c.pdf"
+    assert asked["cost"]["bytes_read"] > 0
+    assert "2 contexts" in run("get", store, "r1", "a.txt", "--output", tmp_path / "two.safetensors")[1]
+    loaded, _ = load_checkpoint(checkpoint)
+    assert len(loaded.load_context(tmp_path / "two.safetensors")) == 2
+    assert json.loads(run("stats", store)[1])["documents"] == 5
+    assert 'xcllama_store_documents{namespace="default"} 5.0' in run("stats", store, "--prometheus")[1]
+    assert run("compact", store)[0] == 0
+    assert run("verify", store) == (0, "5 contexts read, 0 documents damaged, 0 mended\n")
+    assert run("push", store, tmp_path / "snap", "--license", "cc0-1.0")[0] == 0
+    assert run("pull", tmp_path / "snap", tmp_path / "copy")[0] == 0
+    output = run("ask", tmp_path / "copy", "ferry", "--model", checkpoint, "--max-new-tokens", "2", "-k", "1")[1]
+    assert "from c.pdf" in output
+    assert run("evict", store, "r2") == (0, "1 documents removed\n")
+    (shard,) = (store / "ns=default" / "shards").iterdir()
+    with open(shard, "r+b") as file:
+        file.truncate(shard.stat().st_size - 1)
+    status, output = run("verify", store)
+    damaged = {line.split(": ")[1] for line in output.splitlines() if line.startswith("damaged")}
+    assert (status, damaged) == (1, {"a.txt", "sub/b.md", "c.pdf", "r1"})
+    assert run("verify", store, "--repair")[0] == 0
+    assert run("verify", store)[0] == 0
 
 
-def test_errors_name_what_is_wrong(command, tmp_path, checkpoint):
-    status, output = command("search", tmp_path / "none", "x")
-    assert (status, "make one with `add`" in output) == (2, True)
+def test_errors_name_what_is_wrong(tmp_path, checkpoint):
+    with pytest.raises(ValueError, match="make one with `xcllama store add`"):
+        run("search", tmp_path / "none", "x")
+    with pytest.raises(ValueError, match="no file or folder at"):
+        run("add", tmp_path / "s", tmp_path / "none", "--model", checkpoint)
     (tmp_path / "bad.pdf").write_bytes(b"no pdf")
-    status, output = command("add", tmp_path / "s", tmp_path / "bad.pdf", "--model", checkpoint)
-    assert (status, "no readable PDF" in output) == (2, True)
-    (tmp_path / "latin.txt").write_bytes(b"\xff\xfe\xfa")
-    (tmp_path / "good.txt").write_text("good")
-    documents = list(read_documents([tmp_path / "latin.txt", tmp_path / "good.txt"], skip_bad=True))
-    assert [document.id for document in documents] == ["good.txt"]
-    with pytest.raises(ValueError, match="must end in"):
-        list(read_documents([Path(__file__)]))
+    status, output = run("add", tmp_path / "s", tmp_path / "bad.pdf", "--model", checkpoint)
+    assert (status, "no readable pdf file" in output) == (1, True)
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "same.txt").write_text(folder)
+    with pytest.raises(ValueError, match="both named 'same.txt'"):
+        find_files([tmp_path / "one" / "same.txt", tmp_path / "two" / "same.txt"])
     pyarrow.parquet.write_table(pyarrow.table({"x": [1]}), tmp_path / "x.parquet")
-    with pytest.raises(ValueError, match="no id column 'id'"):
-        list(read_documents([tmp_path / "x.parquet"]))
+    report = ReadReport()
+    assert list(read_documents(find_files([tmp_path / "x.parquet"]), report)) == []
+    assert "no id column 'id'" in report.skipped["x.parquet"]
+    with pytest.raises(ValueError, match="has no document 'x'"):
+        run("get", tmp_path / "s", "x")
+
+
+SLOW = """
+import sys, time
+from modeling_xcllama import XCLlamaForCausalLM
+from xcllama.store import encoding
+from xcllama.store.command import app
+encode = XCLlamaForCausalLM.encode_context
+def slow(self, *arguments):
+    time.sleep(0.3)
+    return encode(self, *arguments)
+XCLlamaForCausalLM.encode_context = slow
+encoding.TOKENS_PER_CALL["cpu"] = 60
+app(["add", *sys.argv[1:]])
+"""
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_add_says_what_is_kept_and_goes_on(corpus, checkpoint, tmp_path, signal_number):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for number in range(12):
+        (folder / f"{number:02}.txt").write_text(f"text number {number} " * 12)
+    command = [sys.executable, "-c", SLOW, str(tmp_path / "s"), str(folder), "--model", str(checkpoint)]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": "/"}
+    with subprocess.Popen(command, **options, env=os.environ | {"OMP_NUM_THREADS": "1"}) as process:
+        lines = [process.stderr.readline() for _ in range(2)]
+        # progress from the first moment on, then a line every ten seconds
+        assert lines[0] == "12 files, 0.0 MB\n"
+        assert lines[1].startswith("  0%  0 of 12 files, 0 tokens")
+        time.sleep(1.5)
+        process.send_signal(signal_number)
+        output, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal_number, errors
+    assert "Traceback" not in errors
+    kept = int(re.match(r"stopped; kept: (\d+) documents encoded", output)[1])
+    assert 0 < kept < 12
+    status, output = run("add", tmp_path / "s", folder)
+    assert status == 0
+    assert f"{12 - kept} documents encoded" in output
+    assert f"{kept} unchanged" in output
+    assert run("verify", tmp_path / "s")[0] == 0
 
 
 def test_answers_through_the_store_are_those_of_the_bare_cache(corpus, checkpoint, tmp_path):
     model, processor = load_checkpoint(checkpoint)
-    documents = {document.id: document.text for document in read_documents([corpus])}
+    documents = {document.id: document.text for document in read_documents(find_files([corpus]), ReadReport())}
     with ContextStore(tmp_path, model, processor) as store:
         store.add(documents.keys(), documents.values())
-        ids = ["d.parquet", "c.pdf", "a.txt"][1:]
+        ids = ["c.pdf", "a.txt"]
         inputs = processor(text=["Who built it?"], return_tensors="pt")
         contexts = processor(contexts=[documents[name] for name in ids], return_tensors="pt")
         bare = model(**inputs, context_cache=model.encode_context(**contexts).join([[0, 1]])).logits
@@ -200,19 +232,3 @@ def test_answers_through_the_store_are_those_of_the_bare_cache(corpus, checkpoin
         processor.context_max_length = 100
         with pytest.raises(ValueError, match="'long'"):
             store.add(["short", "long"], ["ok", "x" * 101])
-
-
-def test_break_even_arithmetic():
-    def figures(encode, store, prompt, prefix_once, prefix):
-        return BreakEven(10, encode, store, prompt, prefix_once, prefix, 1, 1)
-
-    assert figures(10, 1, 3, 10, 2).requests_against_prompt == 5
-    assert figures(10, 3, 3, 10, 2).requests_against_prompt == float("inf")
-    assert figures(10, 1, 3, 4, 2).requests_against_prefix == (6, float("inf"))
-    assert figures(4, 1, 3, 10, 2).requests_against_prefix == (1, float("inf"))
-    never = figures(10, 3, 3, 10, 2).as_dict()
-    assert never["pays_against_prompt_from"] is None
-    assert (never["tokens"], figures(4, 2, 3, 10, 1).as_dict()["pays_against_prefix_up_to"]) == (10, 6)
-    # cheaper to make, dearer to use: good for few requests only
-    assert figures(4, 2, 3, 10, 1).requests_against_prefix == (1, 6)
-    assert figures(10, 2, 3, 4, 1).requests_against_prefix[0] == float("inf")

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from store_support import ByteProcessor, TableModel, row_states
+from store_support import ByteProcessor, TableModel, row_states, whole_store
 
-from context_store import ContextStore, DamagedDocumentError, MissingDocumentError
+from xcllama.store import ContextStore, DamagedDocumentError, MissingDocumentError
 
 CALLS = "openat,write,writev,pwrite64,ftruncate,fallocate,fsync,fdatasync,rename,renameat,renameat2"
 SCRIPT = Path(__file__).with_name("store_processes.py")
@@ -23,7 +23,7 @@ SCRIPT = Path(__file__).with_name("store_processes.py")
 
 @pytest.fixture(scope="module")
 def run():
-    """Run a role of store_processes.py in a new process; returns the JSON that it printed last."""
+    """Run a role of store_processes.py in a new process; returns the JSON that it printed first."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen([sys.executable, SCRIPT], text=True, env=environment, cwd="/", **pipes) as server:
@@ -32,7 +32,7 @@ def run():
             print(json.dumps([str(a) if isinstance(a, Path) else a for a in arguments]), file=server.stdin, flush=True)
             status, output = json.loads(server.stdout.readline())
             assert status == 0, output[-3000:]
-            return json.loads(output.splitlines()[-1]) if output else None
+            return json.loads(output.splitlines()[0]) if output else None
 
         yield call
         server.stdin.close()
@@ -40,7 +40,7 @@ def run():
 
 @pytest.fixture
 def store(tmp_path):
-    with ContextStore(tmp_path / "s", TableModel(), ByteProcessor()) as store:
+    with whole_store(tmp_path / "s", TableModel()) as store:
         yield store
 
 
@@ -57,7 +57,7 @@ def test_two_writers_and_eight_readers_at_once(run, tmp_path):
     results = run("crowd", tmp_path / "s", 4)
     assert not [result for result in results if "error" in result]
     model = TableModel()
-    with ContextStore(tmp_path / "s", model, ByteProcessor()) as store:
+    with whole_store(tmp_path / "s", model) as store:
         for own in results[:2]:
             assert len(own) > 3
             for name, text in own.items():
@@ -99,7 +99,7 @@ def test_a_shard_is_on_disk_before_the_catalogue_names_it(run, tmp_path, store):
 def test_files_that_may_not_grow(run, tmp_path):
     result = run("full_disk", tmp_path / "s", 400_000)
     assert 0 < result["documents"] < result["steps"]
-    with ContextStore(tmp_path / "s", TableModel(), ByteProcessor()) as store:
+    with whole_store(tmp_path / "s", TableModel()) as store:
         assert store.verify().damaged == []
         store.add("after", "there is room again")
         assert len(list((store.folder / "shards").iterdir())) == store.stats()["shards"]
@@ -123,7 +123,7 @@ def test_a_folder_that_cannot_be_written_is_served(run):
     # pytest's own folders are closed to other users
     with tempfile.TemporaryDirectory() as open_to_all:
         folder = Path(open_to_all, "s")
-        with ContextStore(folder, TableModel(), ByteProcessor()) as store:
+        with whole_store(folder, TableModel()) as store:
             store.add("a", "a lighthouse")
         Path(open_to_all).chmod(0o755)
         result = run("read_only", folder)
@@ -223,7 +223,7 @@ def test_damage_is_not_carried_into_a_compacted_shard(store):
 
 def test_reading_races_with_eviction_and_compaction(tmp_path):
     model = TableModel()
-    writer = ContextStore(tmp_path, model, ByteProcessor())
+    writer = whole_store(tmp_path, model)
     reader = ContextStore(tmp_path, read_only=True)
     writer.add(["a", "b"], ["one", "two"])
     view = reader.get(["a", "b"])

@@ -4,9 +4,9 @@ import time
 from pathlib import Path
 
 import pytest
-from store_support import ByteProcessor, TableModel, assert_states, model, row_states, store
+from store_support import ByteProcessor, TableModel, assert_states, model, row_states, store, whole_store
 
-from context_store import ContextStore, MissingDocumentError
+from xcllama.store import ContextStore, MissingDocumentError
 
 
 def shard_bytes_on_disk(store) -> int:
@@ -15,7 +15,7 @@ def shard_bytes_on_disk(store) -> int:
 
 def test_a_bounded_store_evicts_the_least_recently_used_and_keeps_pinned(tmp_path, model):
     limit = 200_000
-    with ContextStore(tmp_path, model, ByteProcessor(), max_bytes=limit) as store:
+    with whole_store(tmp_path, model, max_bytes=limit) as store:
         text = "x" * 500
         store.add(["pinned"], [text])
         store.add(["used"], [text + "used"])
@@ -30,7 +30,7 @@ def test_a_bounded_store_evicts_the_least_recently_used_and_keeps_pinned(tmp_pat
         assert "d0" not in store
         assert store.stats()["evictions"] > 20
         # most of the room is used: documents are not thrown away by the shard
-        assert store.stats()["document_bytes"] > limit // 2
+        assert store.stats()["state_bytes"] > limit // 2
         survivors = [f"d{i}" for i in range(60) if f"d{i}" in store]
         assert survivors == [f"d{i}" for i in range(60 - len(survivors), 60)]
         with pytest.raises(ValueError, match="pinned"):
@@ -39,12 +39,12 @@ def test_a_bounded_store_evicts_the_least_recently_used_and_keeps_pinned(tmp_pat
         store.evict(max_bytes=0)
         assert len(store) == 0
         assert shard_bytes_on_disk(store) == 0
-    with ContextStore(tmp_path, model, ByteProcessor()) as store:
+    with whole_store(tmp_path, model) as store:
         assert store.max_bytes == limit
 
 
 def test_room_that_pins_hold_is_not_taken(tmp_path, model):
-    with ContextStore(tmp_path, model, ByteProcessor(), max_bytes=100_000) as store:
+    with whole_store(tmp_path, model, max_bytes=100_000) as store:
         store.add(["a"], ["x" * 2000])
         with store.pin(["a"]), pytest.raises(ValueError, match="pinned"):
             store.add(["b"], ["y" * 1500])
@@ -55,7 +55,7 @@ def test_room_that_pins_hold_is_not_taken(tmp_path, model):
 
 
 def test_big_shards_are_rewritten_without_their_dead(tmp_path, model):
-    with ContextStore(tmp_path, model, ByteProcessor(), max_bytes=400_000) as store:
+    with whole_store(tmp_path, model, max_bytes=400_000) as store:
         names = [f"d{i}" for i in range(40)]
         store.add(names, ["z" * 200 + name for name in names])
         # every second one stays in use, so no shard dies whole
@@ -69,7 +69,7 @@ def test_big_shards_are_rewritten_without_their_dead(tmp_path, model):
 
 
 def test_time_to_live_of_documents_and_handles(tmp_path, model, monkeypatch):
-    store = ContextStore(tmp_path, model, ByteProcessor())
+    store = whole_store(tmp_path, model)
     store.add(["short"], ["soon gone"], ttl=100)
     store.add(["long"], ["stays here"])
     handle = store.pin(["long"], ttl=50)
@@ -90,10 +90,10 @@ def test_time_to_live_of_documents_and_handles(tmp_path, model, monkeypatch):
 
 
 def test_handles_outlive_their_process(tmp_path, model):
-    store = ContextStore(tmp_path, model, ByteProcessor())
+    store = whole_store(tmp_path, model)
     store.add(["a"], ["text"])
     handle = store.pin("a")
-    other = ContextStore(tmp_path, model, ByteProcessor())
+    other = whole_store(tmp_path, model)
     with pytest.raises(ValueError, match="pinned"):
         other.evict("a")
     assert handle.get().lengths == [4]

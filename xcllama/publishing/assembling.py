@@ -5,28 +5,17 @@ import json
 import re
 import shutil
 import tempfile
-from itertools import groupby
-from operator import itemgetter
 from pathlib import Path
 
 import fsspec
-import pyarrow
-import pyarrow.parquet
 from peft import PeftModel
-from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer
 
-from context_store import ContextStore
-from context_store.manifest import Folder, Manifest
-from context_store.snapshot import write_card
 from dataset_builders.building import build_mix_folder
 from dataset_builders.card import render_card
 from dataset_builders.writing import read_table
 from modeling_xcllama import XCLlamaForCausalLM
 from modeling_xcllama.checkpoints import find_model, is_added_weights, load_checkpoint
-from modeling_xcllama.context_repository import FORMAT as INDEX_FORMAT
-from modeling_xcllama.context_repository import FORMAT_VERSION as INDEX_VERSION
-from modeling_xcllama.context_repository import INDEX_NAME
 from modeling_xcllama.fingerprint import weights_digest
 from xcllama.publishing import checking
 from xcllama.publishing.checking import answer, require_equal, run_clean
@@ -41,10 +30,14 @@ from xcllama.publishing.model_card import (
 )
 from xcllama.publishing.rendering import check_card
 from xcllama.publishing.running_space import ask, served_clean
+from xcllama.store import ContextStore
+from xcllama.store.manifest import render_card as render_context_card
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = "The lighthouse of Skerrow was designed by Margaret Hale and finished in August 1838."
 QUESTION = "Who designed the lighthouse?"
+# of a corpus, compared in a clean process
+CHECKED_DOCUMENTS = 16
 # what an exported checkpoint has beside its weights, taken over as it is
 RECORDS = ("training.json", "recipe.yaml", "curve.json", "curve.png")
 SPACE_FIELDS = ("title", "emoji", "colorFrom", "colorTo", "sdk", "sdk_version", "app_file", "license", "models")
@@ -182,7 +175,7 @@ def assemble_context(source: Path, folder: Path, repo_id: str, model, processor,
         licence: of the texts.
 
     Returns:
-        The cache of all documents in the order of the snapshot's catalogue, as the store serves it.
+        The states of the first documents, as the store serves them.
 
     Raises:
         ValueError: nothing to publish there.
@@ -197,40 +190,20 @@ def assemble_context(source: Path, folder: Path, repo_id: str, model, processor,
             raise ValueError(f"{source} holds neither passages (*.json) nor a store with documents.")
         store.catalogue.set_meta("model", model_id)
         manifest = store.snapshot(folder)
-        write_index(folder, manifest)
-        index = json.loads((folder / INDEX_NAME).read_text())
-        cache = store.get([name for file in index["files"] for name in file["ids"]]).compact()
-    write_card(Folder(folder), manifest, repo_id.rpartition("/")[2], licence, repo_id)
+        cache = store.get(store.ids()[:CHECKED_DOCUMENTS])
+    card = render_context_card(manifest, f"hf://datasets/{repo_id}", repo_id.rpartition("/")[2], licence)
+    (folder / "README.md").write_bytes(card)
     check_card((folder / "README.md").read_text(), "context_card.md.jinja")
     return cache
 
 
-def write_index(folder: Path, manifest: Manifest) -> None:
-    """`contexts.json` of a snapshot: what `model.load_context` needs to map its shards as one cache."""
-    names = ["shard", "id", "start", "tokens"]
-    parts = [pyarrow.parquet.read_table(folder / part.name, columns=names) for part in manifest.catalogue]
-    rows = sorted(pyarrow.concat_tables(parts).to_pylist(), key=itemgetter("shard", "start"))
-    documents = {shard: list(group) for shard, group in groupby(rows, itemgetter("shard"))}
-    files = [
-        {field: getattr(entry, field) for field in ("name", "nbytes", "sha256")}
-        | {
-            "ids": [row["id"] for row in documents[entry.name]],
-            "tokens": [row["tokens"] for row in documents[entry.name]],
-        }
-        for entry in manifest.shards
-    ]
-    with safe_open(folder / manifest.shards[0].name, framework="pt") as file:
-        layout = "hidden" if "hidden" in file.keys() else "condensed"
-    index = {"format": INDEX_FORMAT, "format_version": INDEX_VERSION, "layout": layout, "dtype": manifest.dtype}
-    index |= {"fingerprint": manifest.fingerprint, "files": files}
-    (folder / INDEX_NAME).write_text(json.dumps(index, ensure_ascii=False) + "\n")
-
-
 def check_context(folder: Path, cache, model_folder: Path, model, processor) -> None:
-    """`model.load_context(folder)` in a clean process has the same rows and answers as the store's own cache."""
+    """A store opened on the folder in a clean process has the same states, and answers, as the one it came from."""
     expected = answer(model, processor, cache, QUESTION)
     expected |= {"lengths": cache.lengths, "token_ids": cache.token_ids.tolist()}
-    require_equal(folder, run_clean(checking.CONTEXT_CHECK, str(model_folder), str(folder), QUESTION), expected)
+    # the store is no part of a model's repository: whoever reads a corpus has it installed
+    arguments = str(model_folder), str(folder), QUESTION, str(CHECKED_DOCUMENTS), str(ROOT)
+    require_equal(folder, run_clean(checking.CONTEXT_CHECK, *arguments), expected)
 
 
 def assemble_dataset(build: str | None, folder: Path, repo_id: str) -> None:

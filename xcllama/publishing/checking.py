@@ -77,7 +77,10 @@ tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
 CONTEXT_CHECK = (
     MODEL
     + """
-cache = model.load_context(sys.argv[2])
+sys.path.append(sys.argv[5])
+from xcllama.store import ContextStore
+store = ContextStore.open(sys.argv[2], model, processor)
+cache = store.get(store.ids()[: int(sys.argv[4])])
 found = {"lengths": cache.lengths, "token_ids": cache.token_ids.tolist()}
 print(json.dumps(answer(model, processor, cache, sys.argv[3]) | found))
 """

@@ -2,26 +2,50 @@
 
 import logging
 import os
+import time
+from collections.abc import Mapping
+from numbers import Integral, Real
 from pathlib import Path
 from urllib.parse import quote
 
-from .schema import CATALOGUE_NAME, sync_folder
+from xcllama.durable import sync_folder
+
+from .catalogue import CATALOGUE_NAME, FOREVER
+from .shards import dtype_of
 
 logger = logging.getLogger(__name__)
+
+
+def check_count(name: str, value: int) -> None:
+    """Raise a ValueError unless `value` is a whole number of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+        raise ValueError(f"`{name}` must be a whole number of at least 1, got {value!r:.80}.")
+
+
+def expiry(ttl: float | None) -> float:
+    """Seconds of the epoch at which something is over that lives for `ttl` seconds; None: never.
+
+    Raises:
+        ValueError: `ttl` is no positive number.
+    """
+    if ttl is None:
+        return FOREVER
+    if isinstance(ttl, bool) or not isinstance(ttl, Real) or not ttl > 0:
+        raise ValueError(f"`ttl` must be seconds above 0, or None, got {ttl!r:.80}.")
+    return time.time() + ttl
 
 
 def namespace_folder(root: str | Path, namespace: str) -> Path:
     """The folder of `namespace` below a store's `root`.
 
     Raises:
-        ValueError: an empty name, or one too long for a file name.
+        ValueError: an empty name, one too long for a file name, or one that is no Unicode.
     """
-    name = "ns=" + quote(namespace, safe="", errors="strict") if isinstance(namespace, str) and namespace else ""
-    if not name or len(name) > 200:
-        raise ValueError(
-            f"`namespace` must be a non-empty name of at most 197 characters (quoted), got {namespace!r:.80}."
-        )
-    return Path(root) / name
+    if isinstance(namespace, str):
+        name = quote(namespace.encode("utf-8", "surrogatepass"), safe="")
+        if 0 < len(name) <= 197:
+            return Path(root) / f"ns={name}"
+    raise ValueError(f"`namespace` must be a name of 1 to 197 characters (quoted), got {namespace!r:.80}.")
 
 
 def opens_read_only(folder: Path, read_only: bool | None) -> bool:
@@ -53,15 +77,15 @@ def new_meta(folder: Path, namespace: str, fingerprint: str | None, dtype: str, 
     """
     if fingerprint is None and not (folder / CATALOGUE_NAME).exists():
         raise ValueError(f"{folder} is no store yet: give `model` and `processor` to make one.")
-    if dtype == "auto":
-        dtype = "" if model is None else str(model.dtype).removeprefix("torch.")
+    if dtype == "auto" and model is not None:
+        dtype = str(model.dtype).removeprefix("torch.")
     template = "" if processor is None else str(processor.template_version)
     fields = {"namespace": namespace, "dtype": dtype, "template_version": template}
-    return fields | {"fingerprint": fingerprint or "", "shard_bytes": "", "max_bytes": ""}
+    return fields | {"fingerprint": fingerprint or ""}
 
 
 def check_opener(
-    meta: dict[str, str], folder: Path, fingerprint: str | None, template: str | None, namespace: str, dtype: str
+    meta: Mapping[str, str], where: str, fingerprint: str | None, template: str | None, namespace: str, dtype: str
 ) -> None:
     """Compare the description of a store with what opens it; None: not known, "auto": any.
 
@@ -70,15 +94,16 @@ def check_opener(
     """
     if fingerprint is not None and meta["fingerprint"] != fingerprint:
         raise ValueError(
-            f"{folder} holds states of another model, template or version of the weights: its fingerprint is "
+            f"{where} holds states of another model, template or version of the weights: its fingerprint is "
             f"{meta['fingerprint']}, the model's {fingerprint}; use that model, or a new store."
         )
     if template is not None and meta["template_version"] not in ("", template):
         raise ValueError(
-            f"{folder} was made with template version {meta['template_version']!r}, the processor has "
+            f"{where} was made with template version {meta['template_version']!r}, the processor has "
             f"{template!r}; use the code it was made with, or a new store."
         )
     if meta["namespace"] != namespace:
-        raise ValueError(f"{folder} is the namespace {meta['namespace']!r}, not {namespace!r}.")
-    if dtype != "auto" and meta["dtype"] not in ("", dtype):
-        raise ValueError(f"{folder} holds {meta['dtype']} states; open it with that `dtype` or 'auto'.")
+        raise ValueError(f"{where} is the namespace {meta['namespace']!r}, not {namespace!r}.")
+    stored = dtype_of(meta["kind"]) if "kind" in meta else meta["dtype"]
+    if dtype != "auto" and stored not in ("auto", dtype):
+        raise ValueError(f"{where} holds {stored} states; open it with that `dtype` or 'auto'.")

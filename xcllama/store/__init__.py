@@ -1,9 +1,11 @@
 """Corpora of encoded contexts: a store in a folder, snapshots to share, bulk encoding."""
 
-from .pending import AddReport, VerifyReport
-from .reading import DamagedDocumentError, MissingDocumentError
-from .searching import Hit
-from .store import ContextStore, Handle
+from .adding import AddReport
+from .reading import DamagedDocumentError, MissingDocumentError, VerifyReport
+from .search import Hit
+from .snapshots import pull
+from .store import ContextStore
+from .upkeep import Handle
 
 __all__ = [
     "AddReport",
@@ -13,4 +15,5 @@ __all__ = [
     "Hit",
     "MissingDocumentError",
     "VerifyReport",
+    "pull",
 ]

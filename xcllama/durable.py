@@ -1,0 +1,52 @@
+"""Files that appear whole, on disk, or not at all; locks between processes."""
+
+import fcntl
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import FileIO
+from pathlib import Path
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def durable(path: Path) -> Iterator[FileIO]:
+    """A file to write that replaces `path` when the block ends: readers see the old file or the new one.
+
+    A process that is killed leaves `.NAME.XXXXXXXX.partial` beside it.
+    """
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        with open(partial, "wb", buffering=0) as file:
+            yield file
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+@contextmanager
+def locked(path: Path, operation: int = fcntl.LOCK_EX) -> Iterator[bool]:
+    """Hold the lock of a folder, or of a file that is made if needed.
+
+    Yields:
+        Whether it was got: False only where `operation` has `LOCK_NB`, and another process holds it.
+    """
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(descriptor, operation)
+        yield True
+    except BlockingIOError:
+        yield False
+    finally:
+        os.close(descriptor)
