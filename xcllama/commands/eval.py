@@ -1,5 +1,6 @@
-"""`xcllama eval`: lm-eval with this project's models and tasks, methods compared, tables."""
+"""`xcllama eval`: lm-eval with this project's models and tasks; methods compared."""
 
+import logging
 from pathlib import Path
 from typing import Annotated
 
@@ -33,58 +34,49 @@ def list_tasks() -> None:
     typer.echo(TASKS)
 
 
-@app.command(context_settings=PASS_ON)
+@app.command()
 def compare(
-    context: typer.Context,
     checkpoint: Annotated[list[str], typer.Option(help="XC model or folder of added weights; several: again.")],
-    tasks: Annotated[str, typer.Option(help="Tasks or groups, as lm-eval takes them: xc_coqa,xc_drop.")],
-    output: Annotated[Path, typer.Option(help="Folder of all runs; a second call goes on.")],
-    lora_prompt: Annotated[str | None, typer.Option(help="LoRA trained with the contexts in its prompt.")] = None,
-    lora_closed_book: Annotated[str | None, typer.Option(help="LoRA trained without the contexts.")] = None,
-    fid: Annotated[str | None, typer.Option(help="T5 Fusion-in-Decoder folder.")] = None,
+    split: Annotated[str, typer.Option(help="Of the questions: dev (for choices), test (once a release), ...")],
+    source: Annotated[list[str], typer.Option(help="Of the questions; several: again.")] = ["squad_sample"],  # noqa: B006
+    lora_prompt: Annotated[str | None, typer.Option(help="LoRA trained with the texts in its prompt.")] = None,
+    lora_closed_book: Annotated[str | None, typer.Option(help="LoRA trained without the texts.")] = None,
     methods: Annotated[str | None, typer.Option(help="As none,cross; default: all whose model is given.")] = None,
-    control_tasks: Annotated[str | None, typer.Option(help="Of wrong and quantized caches; default: all.")] = None,
-    results: Annotated[Path | None, typer.Option(help="Folder for eval_CHECKPOINT.json and .png.")] = None,
+    limit: Annotated[int | None, typer.Option(help="So many questions of each source.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Of an answer.")] = 24,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    device: Annotated[str, typer.Option(help="As torch names it.")] = "cpu",
+    output: Annotated[Path, typer.Option(help="Folder of all runs; a second call goes on.")] = Path("runs/compare"),
+    results: Annotated[Path | None, typer.Option(help="JSON for all figures; the picture lies beside it.")] = None,
+    store_threshold: Annotated[
+        bool, typer.Option("--store-threshold", help="Let checkpoints decline below the score chosen here.")
+    ] = False,
 ) -> None:
-    """The paper's comparison: caches, controls, prompt, LoRA, FiD. What is not listed here goes to lm-eval.
+    """Every way to give a model its texts, on the same questions: answers, paired differences, what is not in the text.
 
-    The first checkpoint's results hold all methods.
+    xcllama eval compare --checkpoint checkpoints/xc-smollm2-135m --lora-prompt checkpoints/lora-prompt --split dev
     """
-    from xcllama.evaluation.command import MEASURED
-    from xcllama.evaluation.comparison import Models
+    import torch
+
+    from xcllama.evaluation.comparison import MEASURED, Models, Settings
     from xcllama.evaluation.comparison import compare as compare_methods
+    from xcllama.evaluation.not_in_text import store_threshold as choose_threshold
+    from xcllama.evaluation.not_in_text import stored_threshold
     from xcllama.evaluation.plots import draw
-    from xcllama.evaluation.tables import load_runs, markdown, summarize
+    from xcllama.evaluation.tables import answers_of, load_runs, markdown, summarize
 
     require_clean(results)
-    models = Models(checkpoint, lora_prompt, lora_closed_book, fid)
-    asked = methods.split(",") if methods else models.default_methods()
-    on_controls = (control_tasks or tasks).split(",")
-    failures = compare_methods(models, asked, output, tasks.split(","), on_controls, context.args)
-    first, *others = (Path(name).name for name in checkpoint)
-    folders = {first: [output]} | {name: [output / name, output / "baselines"] for name in others}
-    summaries = {name: summarize(load_runs(places)) for name, places in folders.items()}
-    typer.echo(markdown(summaries[first]))
-    for name, summary in summaries.items() if results else ():
-        write_result(results / f"eval_{name}.json", summary, MEASURED, seed=0)
-        draw(summary, results / f"eval_{name}.png")
-    raise typer.Exit(1 if failures else 0)
-
-
-@app.command()
-def table(
-    folders: Annotated[list[Path], typer.Argument(help="--output_path folders of runs with --log_samples.")],
-    markdown: Annotated[Path | None, typer.Option(help="Also write the tables to this file.")] = None,
-    results: Annotated[Path | None, typer.Option(help="Also write all figures to this JSON.")] = None,
-) -> None:
-    """Tables of finished runs, as Markdown."""
-    from xcllama.evaluation import tables
-    from xcllama.evaluation.command import MEASURED
-
-    summary = tables.summarize(tables.load_runs(folders))
-    text = tables.markdown(summary)
-    typer.echo(text)
-    if markdown:
-        markdown.write_text(text + "\n")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    models, paths = Models(checkpoint, lora_prompt, lora_closed_book), []
+    for name in source:
+        settings = Settings(name, split, limit=limit, max_new_tokens=max_new_tokens)
+        asked = methods.split(",") if methods else models.default_methods(name)
+        paths += compare_methods(models, asked, settings, output, getattr(torch, dtype), device)
+    runs = load_runs(paths)
+    for folder in checkpoint if store_threshold else ():
+        typer.echo(f"{folder} declines answers below {choose_threshold(folder, answers_of(runs, folder))}")
+    summary = summarize(runs, {Path(folder).name: stored_threshold(folder) for folder in checkpoint})
+    typer.echo(markdown(summary))
     if results:
         write_result(results, summary, MEASURED, seed=0)
+        draw(summary, results.with_suffix(".png"))
