@@ -193,7 +193,7 @@ class XCLlamaModel(ContextChecksMixin, XCLlamaPreTrainedModel, LlamaModel):
         readings = []
         for index in range(self.config.num_hidden_layers):
             key = value = None
-            if index in self.block_after and context.keys[0].shape[0]:
+            if index in self.block_after and context.rows.offsets[-1]:
                 place = self.block_after[index] % len(context.keys)
                 # None where a layer is kept from reading, to see what it brings
                 key, value = context.keys[place], context.values[place]
