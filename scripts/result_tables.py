@@ -1,6 +1,5 @@
 """The tables of README.md and docs/, each made from configs or one file of results/."""
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ DECODERS = {
 }
 MINILM_WIDTH = 384
 # what the short tables of README show
-QUALITY_TASK = "xc_squad_sample"
+QUALITY_TASK = "squad_sample"
 REQUESTS = ("hidden 16-bit, file warm", "hidden int8, file warm", "condensed 16-bit, file warm",
             "KV prefix, file warm", "llama.cpp, slot restored", "text in the prompt")  # fmt: skip
 
@@ -114,11 +113,12 @@ def demo_table() -> str:
     return "\n".join(lines) + "\n" + source("demo", result)
 
 
-def evaluation_table(name: str = "eval_xc-smollm2-135m", target: str = "evaluate-small") -> str:
+def evaluation_table() -> str:
     """Quality and cost of every method on the held-out questions, and what the project aims at."""
+    name = f"eval_{DEFAULT}"
     result = read_result(RESULTS, name)
     if result is None:
-        return f"Not measured yet: `make {target}`."
+        return "Not measured yet: `make evaluate-test`."
     lines = [
         "| method | task | questions | F1 or accuracy | 95 % interval | exact | bytes a token |",
         "|---|---|" + "---:|" * 5,
@@ -155,7 +155,7 @@ def quality_table() -> str:
     name = f"eval_{DEFAULT}"
     result = read_result(RESULTS, name)
     if result is None:
-        return "Not measured yet: `make evaluate-small`."
+        return "Not measured yet: `make evaluate-test`."
     lines = ["| method | F1 | 95 % interval | questions seen in training | bytes a token |", "|---|" + "---:|" * 4]
     shown = [run for run in scored_runs(result) if run["task"] == QUALITY_TASK]
     # quantized caches but of the default checkpoint, and controls, stand in docs/results.md
@@ -172,27 +172,6 @@ def quality_table() -> str:
     documents = shown[0]["score"]["documents"]
     lines += ["", f"{documents} questions of `{QUALITY_TASK}`."]
     return "\n".join(lines) + "\n" + source(name, result, [run["origin"] for run in shown])
-
-
-def offline_table() -> str:
-    """What each mode of the evaluation did in its shown run: tasks, contexts encoded or found on disk, cost."""
-    name = "eval_offline_limit20"
-    result = read_result(RESULTS, name)
-    if result is None:
-        return "Not measured yet: `make evaluate-offline`."
-    fields = {"context_tokens": ",.0f", "cache_bytes_per_token": ",.0f"}
-    lines = [
-        "| method | tasks | contexts encoded | from the folder | context tokens | bytes a token |",
-        "|---|" + "---:|" * 5,
-    ]
-    for method in dict.fromkeys(run["method"] for run in result["runs"]):
-        costs = [run["cost"] for run in result["runs"] if run["method"] == method]
-        cells = [str(costs[0][field] or 0) for field in ("contexts_encoded", "contexts_from_folder")]
-        for field, form in fields.items():
-            known = [cost[field] for cost in costs if cost.get(field) is not None]
-            cells.append(cell(sum(known) / len(known) if known else None, form))
-        lines.append(f"| {method} | {len(costs)} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n" + source(name, result, [run["origin"] for run in result["runs"]])
 
 
 def ablations_table() -> str:
@@ -337,7 +316,7 @@ def headline_table() -> str:
     """What a cache costs and gives beside the same text in the prompt."""
     evaluation, benchmark = read_result(RESULTS, f"eval_{DEFAULT}"), read_result(RESULTS, "benchmark")
     if evaluation is None or benchmark is None:
-        return "Not measured yet: `make evaluate-small bench`."
+        return "Not measured yet: `make evaluate-test bench`."
     runs = {run["method"]: run for run in scored_runs(evaluation) if run["task"] == QUALITY_TASK}
     requests = benchmark["context_4096"]["requests"]
     columns = {
@@ -365,9 +344,7 @@ TABLES = {
     "bytes": bytes_table,
     "demo": demo_table,
     "evaluation": evaluation_table,
-    "layouts": partial(evaluation_table, "layouts/eval_xc-smollm2-135m", "evaluate-layouts"),
     "ablations": ablations_table,
-    "offline": offline_table,
     "store": store_table,
     "speed": speed_table,
     "kernels": kernels_table,

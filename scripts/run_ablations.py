@@ -132,6 +132,7 @@ def main() -> int:
     parser.add_argument("--limit", type=int, default=100, help="questions a row answers")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+    require_clean(arguments.results)
     found = measured(arguments.results, arguments.limit)
     for name in arguments.rows:
         if name in found:

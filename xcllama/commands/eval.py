@@ -52,7 +52,7 @@ def compare(
         bool, typer.Option("--store-threshold", help="Let checkpoints decline below the score chosen here.")
     ] = False,
 ) -> None:
-    """Every way to give a model its texts, on the same questions: answers, paired differences, what is not in the text.
+    """Every way to give a model its texts, on the same questions: answers, paired differences, what is declined.
 
     xcllama eval compare --checkpoint checkpoints/xc-smollm2-135m --lora-prompt checkpoints/lora-prompt --split dev
     """
