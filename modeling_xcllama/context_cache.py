@@ -1,9 +1,10 @@
 """ContextCache: encoded documents as packed, immutable tensors that are saved, verified, quantized and combined."""
 
+import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, chain
-from operator import gt
+from operator import gt, index
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from .context_file import (
     read_file,
     write_file,
 )
+from .indices import as_indices
 from .memory_report import MemoryReport, memory_report
 from .quantized_tensor import QuantizedTensor, cat_states, map_state, quantization_heads, quantize
 
@@ -46,12 +48,15 @@ class ContextCache:
     rows: tuple[tuple[int, ...], ...] | None = None
 
     def __post_init__(self):
-        object.__setattr__(self, "offsets", tuple(map(int, self.offsets)))
+        # `index` takes integers of any library, and nothing that would have to be rounded
+        object.__setattr__(self, "offsets", tuple(map(index, self.offsets)))
         documents = range(len(self.offsets) - 1)
         if self.rows is None:
             object.__setattr__(self, "rows", tuple(zip(documents, strict=True)))
-        elif not all(map(documents.__contains__, chain.from_iterable(self.rows))):
-            raise ValueError(f"`rows` must name documents in [0, {len(self.offsets) - 2}].")
+        else:
+            object.__setattr__(self, "rows", tuple(tuple(map(index, row)) for row in self.rows))
+            if not all(map(documents.__contains__, chain.from_iterable(self.rows))):
+                raise ValueError(f"`rows` must name documents in [0, {len(self.offsets) - 2}].")
         if tuple(self.states) not in LAYOUTS.values():
             raise ValueError(f"a context cache holds 'hidden' or 'key' and 'value' states, got {sorted(self.states)}.")
         if not self.rows:
@@ -128,23 +133,39 @@ class ContextCache:
 
     def row_token_ids(self, row: int) -> Tensor:
         """Token ids of what row `row` reads, int32 `[length]`."""
+        (row,) = as_indices([row], len(self), "row")
         parts = [self.token_ids[self.offsets[d] : self.offsets[d + 1]] for d in self.rows[row]]
         return torch.cat(parts) if parts else self.token_ids[:0]
 
-    def _pick(self, index: int) -> tuple[int, ...]:
-        if not 0 <= index < len(self):
-            raise ValueError(f"context indices must be in [0, {len(self) - 1}], got {index}.")
-        return self.rows[index]
+    def _with_rows(self, rows: tuple[tuple[int, ...], ...]) -> "ContextCache":
+        """The same documents read by other rows, which are known to be right: nothing is checked again."""
+        if not rows:
+            raise ValueError("a context cache needs at least one context, got an empty list.")
+        cache = copy.copy(self)
+        object.__setattr__(cache, "rows", rows)
+        return cache
 
-    def select(self, indices: Iterable[int]) -> "ContextCache":
-        """One row for each of `indices`, in that order; nothing is copied."""
-        return replace(self, rows=tuple(self._pick(int(index)) for index in indices))
+    def select(self, indices: "Iterable[int] | Iterable[bool] | Tensor") -> "ContextCache":
+        """One row for each of `indices`, in that order, or for each row that a mask is true for; nothing is copied.
 
-    def join(self, groups: Iterable[Iterable[int]]) -> "ContextCache":
-        """One row for each group, reading all its contexts; an empty group is a row without a context."""
-        return replace(
-            self, rows=tuple(tuple(chain.from_iterable(self._pick(int(i)) for i in group)) for group in groups)
-        )
+        Raises:
+            TypeError: something that is no integer.
+            ValueError: an index out of range, a mask of another length, or no row.
+        """
+        return self._with_rows(tuple(self.rows[i] for i in as_indices(indices, len(self))))
+
+    def join(self, groups: "Iterable[Iterable[int] | Iterable[bool] | Tensor]") -> "ContextCache":
+        """One row for each group, reading all its contexts; an empty group is a row without a context.
+
+        Raises:
+            TypeError, ValueError: as in `select`, of any group.
+        """
+        rows = []
+        for group in groups:
+            rows.append(
+                tuple(chain.from_iterable(self.rows[index] for index in as_indices(group, len(self), "groups")))
+            )
+        return self._with_rows(tuple(rows))
 
     @staticmethod
     def concat(caches: Sequence["ContextCache"]) -> "ContextCache":
@@ -164,7 +185,7 @@ class ContextCache:
                         f"got {getattr(first, field)} and {getattr(cache, field)}."
                     )
         if all(cache.states is first.states for cache in caches):
-            return replace(first, rows=sum((cache.rows for cache in caches), ()))
+            return first._with_rows(tuple(chain.from_iterable(cache.rows for cache in caches)))
         offsets, rows = [0], []
         for cache in caches:
             start, documents = offsets[-1], len(offsets) - 1
@@ -320,11 +341,12 @@ class ProjectedContext:
         """Bytes of all keys and values, scales included."""
         return sum(state.nbytes for state in (*self.keys, *self.values))
 
-    def select(self, indices: Sequence[int]) -> "ProjectedContext":
-        """One row for each of `indices`; nothing is copied."""
-        cache = self.cache.select(indices)
-        index = tuple(self.rows.context_index[int(row)] for row in indices)
-        return replace(self, rows=replace(self.rows, context_index=index), cache=cache)
+    def select(self, indices: "Iterable[int] | Iterable[bool] | Tensor") -> "ProjectedContext":
+        """One row for each of `indices`, or for each row that a mask is true for; nothing is copied."""
+        indices = as_indices(indices, len(self))
+        cache = None if self.cache is None else self.cache.select(indices)
+        chosen = tuple(self.rows.context_index[row] for row in indices)
+        return replace(self, rows=replace(self.rows, context_index=chosen), cache=cache)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "ProjectedContext":
         """The keys and values on `device`."""

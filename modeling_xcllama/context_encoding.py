@@ -19,10 +19,22 @@ OFFSET_POSITION_MODELS = (
 )
 
 
+def linear_weight(module: nn.Module) -> Tensor:
+    """The weight of a linear layer or embedding; torch's own quantized layers hold it behind a function."""
+    return module.weight() if callable(module.weight) else module.weight
+
+
 def execution_device(module: nn.Module) -> torch.device:
-    """Where a module with weights computes: its weights' device, or the one that they are brought to from disk."""
+    """Where a module with weights computes: its weights' device, or the one that they are brought to from disk.
+
+    Raises:
+        ValueError: weights on the meta device, which hold nothing.
+    """
     device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
-    return module.weight.device if device is None else torch.device(device)
+    device = linear_weight(module).device if device is None else torch.device(device)
+    if device.type == "meta":
+        raise ValueError("this model is on the meta device and holds no weights: load them before contexts are read.")
+    return device
 
 
 def check_sources(context_cache, context_input_ids: Tensor | None, context_attention_mask: Tensor | None) -> None:
@@ -50,6 +62,8 @@ def unpad(input_ids: Tensor, attention_mask: Tensor | None) -> list[Tensor]:
             "`context_input_ids` must have shape [num_contexts, length] with at least one context, "
             f"got {list(input_ids.shape)}."
         )
+    if input_ids.is_floating_point() or input_ids.dtype == torch.bool:
+        raise ValueError(f"`context_input_ids` must be integers, got {input_ids.dtype}.")
     if attention_mask is None:
         return list(input_ids)
     if attention_mask.shape != input_ids.shape:
@@ -57,7 +71,18 @@ def unpad(input_ids: Tensor, attention_mask: Tensor | None) -> list[Tensor]:
             f"`context_attention_mask` must have the shape of `context_input_ids` {list(input_ids.shape)}, "
             f"got {list(attention_mask.shape)}."
         )
+    if not bool(((attention_mask == 0) | (attention_mask == 1)).all()):
+        raise ValueError("`context_attention_mask` must be 1 at tokens and 0 at padding, got other values.")
     return [ids[mask.bool()] for ids, mask in zip(input_ids, attention_mask, strict=True)]
+
+
+def check_vocabulary(sequences: list[Tensor], size: int) -> None:
+    """Raise a ValueError if an id is none of a vocabulary of `size`: an accelerator would stop the process."""
+    ids = torch.cat(sequences)
+    if ids.numel() and not 0 <= (bounds := ids.aminmax()).min <= bounds.max < size:
+        raise ValueError(
+            f"`context_input_ids` must lie in [0, {size - 1}], got {int(bounds.min)} to {int(bounds.max)}."
+        )
 
 
 def bare_encoder(model: PreTrainedModel) -> PreTrainedModel:

@@ -77,7 +77,8 @@ def project_hidden(
     if isinstance(hidden, Tensor):
         return _project_all(hidden.to(dtype), projections)
     norm = projections[0].norm
-    fusible = norm is None or (isinstance(norm, StateRMSNorm) and norm.num_parts == 1)
+    plain = all(type(linear.weight) is nn.Parameter for part in projections for linear in (part.k_proj, part.v_proj))
+    fusible = plain and (norm is None or (isinstance(norm, StateRMSNorm) and norm.num_parts == 1))
     if implementation == "triton" and fusible and not torch.is_grad_enabled():
         return [_project_fused(hidden, projection) for projection in projections]
     parts = []

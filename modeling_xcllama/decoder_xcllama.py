@@ -22,6 +22,7 @@ from transformers.models.llama.modeling_llama import (
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from .added_modules import keep_added_modules
 from .configuration_xcllama import XCLlamaConfig
 from .context_cache import ContextCache, ProjectedContext
 from .context_checks import ContextChecksMixin
@@ -29,7 +30,9 @@ from .context_encoding import (
     bare_encoder,
     batches_by_length,
     check_sources,
+    check_vocabulary,
     execution_device,
+    linear_weight,
     num_positions,
     pad_right,
     unpad,
@@ -63,6 +66,13 @@ class XCLlamaPreTrainedModel(LlamaPreTrainedModel):
         if isinstance(module, ContextAdapter):
             init.zeros_(module.q_up_proj.weight)
             init.zeros_(module.v_up_proj.weight)
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """`PreTrainedModel.from_pretrained`; a `quantization_config` leaves the added modules as they are saved."""
+        if kwargs.get("quantization_config") is not None:
+            kwargs["quantization_config"] = keep_added_modules(kwargs["quantization_config"])
+        return super().from_pretrained(*args, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
         """`PreTrainedModel.save_pretrained`; the config says which caches the saved weights read."""
@@ -258,6 +268,8 @@ class XCLlamaModel(ContextChecksMixin, XCLlamaPreTrainedModel, LlamaModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of `input_ids` and `inputs_embeds`.")
+        if unknown := [name for name in kwargs if name.startswith("context")]:
+            raise TypeError(f"`forward` has no argument `{unknown[0]}`; contexts come as `context_cache`.")
         batch = (input_ids if inputs_embeds is None else inputs_embeds).shape[0]
         context = self.resolve_context(context_cache, context_input_ids, context_attention_mask, batch)
         if context is not None and (past_key_values is None or not past_key_values.is_initialized):
@@ -343,6 +355,8 @@ class XCLlamaModel(ContextChecksMixin, XCLlamaPreTrainedModel, LlamaModel):
                 f"a context has {max(lengths)} tokens, `context_max_length` is {self.config.context_max_length}; "
                 "pass `truncation=True` to the processor, split the text, or raise the limit in the config."
             )
+        source = self.embed_tokens if self.encoder is None else self.encoder.get_input_embeddings()
+        check_vocabulary(sequences, source.num_embeddings)
         packed = self.encode_packed(sequences)
         if packed.numel() and not packed.detach().abs().amax().isfinite():
             raise ValueError(
@@ -383,11 +397,12 @@ class XCLlamaModel(ContextChecksMixin, XCLlamaPreTrainedModel, LlamaModel):
         Raises:
             ValueError: a cache of another model, template, layout or width.
         """
+        device = execution_device(self.context_projections[0].k_proj)
         self.check_cache(cache)
-        dtype = self.context_projections[0].k_proj.weight.dtype
+        dtype = linear_weight(self.context_projections[0].k_proj).dtype
         if not dtype.is_floating_point:
             dtype = self.dtype
-        cache = cache.to(execution_device(self.context_projections[0].k_proj))
+        cache = cache.to(device)
         return self.project_states(cache.states, ReadingPlan.of(cache.offsets, cache.rows), cache, dtype)
 
     def project_states(
@@ -395,7 +410,7 @@ class XCLlamaModel(ContextChecksMixin, XCLlamaPreTrainedModel, LlamaModel):
     ) -> ProjectedContext:
         """Keys and values of `plan`'s tokens of `states`, as `project_context` makes them of a cache; no checks."""
         device = next(iter(states.values())).device
-        dtype = self.context_projections[0].k_proj.weight.dtype if dtype is None else dtype
+        dtype = linear_weight(self.context_projections[0].k_proj).dtype if dtype is None else dtype
         if self.training and self.config.cross_attention_dropout:
             plan = plan.drop_tokens(self.config.cross_attention_dropout, device)
         states = {name: state[plan.tokens] for name, state in states.items()}

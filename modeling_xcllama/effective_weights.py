@@ -43,6 +43,7 @@ class EffectiveWeights:
         for key, weight in module._parameters.items():
             if weight is not None:
                 self.tensors[f"{name}.{key}"] = weight_of(module, key)
+        self.tensors |= {f"{name}.{key}": tensor for key, tensor in saved_tensors(module).items()}
         for key, buffer in module._buffers.items():
             if buffer is None or (key == "inv_freq" and getattr(module, "rope_type", None) in CHANGING_ROPE):
                 continue
@@ -89,6 +90,22 @@ def weight_of(module: nn.Module, key: str) -> Tensor:
         if getattr(hook, "weights_map", None) is not None:
             return hook.weights_map[key]
     return tensor
+
+
+def saved_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """What a quantized layer saves beside, or instead of, its parameters: scales, packed weights."""
+    own = {name: weight for name, weight in module._parameters.items() if weight is not None}
+    changed = type(module)._save_to_state_dict is not nn.Module._save_to_state_dict
+    if not changed or any(weight.is_floating_point() or hasattr(weight, "quant_state") for weight in own.values()):
+        return {}
+    saved: dict[str, object] = {}
+    module._save_to_state_dict(saved, "", False)
+    parts = {}
+    for key, value in saved.items():
+        for number, part in enumerate(value if isinstance(value, tuple) else (value,)):
+            if isinstance(part, Tensor) and key not in own:
+                parts[f"{key}.{number}"] = part.dequantize() if part.is_quantized else part
+    return parts
 
 
 def settings_of(module: nn.Module) -> dict[str, object]:

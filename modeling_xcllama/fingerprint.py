@@ -8,7 +8,9 @@ that holds it exactly, so a checkpoint has one digest in whatever wider dtype it
 which also sees what goes behind torch's counters (fused optimizers, `.data`, adapters that are merged).
 """
 
+import copy
 import hashlib
+import importlib
 import json
 from collections.abc import Iterable
 
@@ -39,11 +41,20 @@ def weights_digest(tensors: Iterable[tuple[str, Tensor]], fields: dict | None = 
     digest = hashlib.sha256(json.dumps(fields or {}, sort_keys=True, default=str).encode())
     for name, tensor in sorted(tensors, key=lambda item: item[0]):
         digest.update(f"{name} {list(tensor.shape)}".encode())
-        for part in _stored_parts(name, tensor.detach()):
+        for part in _stored_parts(name, as_loaded(tensor)):
             dtype, sums = _canonical_sums(_some(part) if sampled else part)
             digest.update(str(dtype).encode())
             digest.update(sums.cpu().numpy())
     return digest.hexdigest()
+
+
+def as_loaded(tensor: Tensor) -> Tensor:
+    """`tensor`, or what it was before bitsandbytes packed it for this CPU at its first use."""
+    state = getattr(tensor, "quant_state", None)
+    if not getattr(state, "packing_format_for_cpu", False):
+        return tensor.detach()
+    library = importlib.import_module("bitsandbytes.functional")
+    return library._convert_weight_packed_for_cpu_inverse(tensor.detach(), copy.deepcopy(state))[0]
 
 
 def _stored_parts(name: str, tensor: Tensor) -> list[Tensor]:

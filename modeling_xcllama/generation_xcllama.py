@@ -15,6 +15,14 @@ from .context_cache import ContextCache, ProjectedContext
 from .context_lookup import LONGEST_MATCH, ContextLookup, ContextLookupCandidateGenerator
 from .decoding_speed import decoding_products
 
+CONTEXT_ARGUMENTS = (
+    "context_cache",
+    "context_input_ids",
+    "context_attention_mask",
+    "assistant_context_cache",
+    "context_lookup_num_tokens",
+)
+
 
 class ContextGenerationMixin:
     """What a causal language model with a context adds to `GenerationMixin`."""
@@ -23,6 +31,7 @@ class ContextGenerationMixin:
     def generate(
         self,
         inputs: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
         *args,
         context_cache: ContextCache | ProjectedContext | None = None,
         context_input_ids: torch.LongTensor | None = None,
@@ -48,6 +57,8 @@ class ContextGenerationMixin:
             ValueError: a context that does not fit the batch, the model or the draft; a lookup without a context, or
                 beside another draft.
         """
+        self._check_generation_config(generation_config)
+        args = (generation_config, *args)
         given = next((kwargs[name] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None), inputs)
         batch = None if given is None else given.shape[0]
         context = self.model.resolve_context(context_cache, context_input_ids, context_attention_mask, batch)
@@ -68,6 +79,33 @@ class ContextGenerationMixin:
         if not isinstance(output, Tensor):
             output.context_lookup = lookup
         return output
+
+    def generate_batch(self, inputs: list[list[int]], *args, **kwargs) -> dict:
+        """`ContinuousMixin.generate_batch`, which reads no contexts.
+
+        Raises:
+            ValueError: a context, which continuous batching would leave out.
+        """
+        self._refuse_contexts(kwargs, "`generate_batch` and paged caches read")
+        return super().generate_batch(inputs, *args, **kwargs)
+
+    def init_continuous_batching(self, generation_config: GenerationConfig | None = None, *args, **kwargs):
+        """`ContinuousMixin.init_continuous_batching`, which reads no contexts."""
+        self._check_generation_config(generation_config)
+        return super().init_continuous_batching(generation_config, *args, **kwargs)
+
+    def _check_generation_config(self, generation_config: GenerationConfig | None) -> None:
+        for config in filter(None, (generation_config, self.generation_config)):
+            self._refuse_contexts(vars(config), "a `GenerationConfig` carries")
+
+    @staticmethod
+    def _refuse_contexts(values: dict, subject: str) -> None:
+        given = [name for name in CONTEXT_ARGUMENTS if values.get(name) is not None]
+        if given:
+            raise ValueError(
+                f"{subject} no contexts, got `{given[0]}`: pass it to `generate`, where `cache.select([...])` names "
+                "the context of each row."
+            )
 
     def _context_lookup(self, context: ProjectedContext | None, kwargs: dict) -> ContextLookup:
         if context is None:

@@ -1,6 +1,5 @@
 """XC-Llama: a frozen Llama decoder that reads cached contexts through added cross-attention (arXiv 2404.15420)."""
 
-import copy
 import json
 import os
 import secrets
@@ -16,9 +15,9 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
 from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaRotaryEmbedding
-from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils import can_return_tuple, logging
 
+from .added_modules import ADDED_PREFIXES
 from .configuration_xcllama import XCLlamaConfig
 from .context_cache import ContextCache, ProjectedContext
 from .context_encoding import bare_encoder
@@ -35,7 +34,6 @@ logger = logging.get_logger(__name__)
 
 DECODER_TYPES = ("llama", "mistral")
 INITIALIZATIONS = ("self_attention", "zero", "random", "least_squares")
-ADDED_PREFIXES = ("model.cross_attention_blocks.", "model.context_projections.", "model.context_adapters.")
 WEIGHTS_NAME = "cross_attention.safetensors"
 
 
@@ -217,8 +215,6 @@ class XCLlamaForCausalLM(ContextGenerationMixin, XCLlamaPreTrainedModel, LlamaFo
 
         A `quantization_config` quantizes the decoder and leaves the added modules in 16 bit.
         """
-        if kwargs.get("quantization_config") is not None:
-            kwargs["quantization_config"] = keep_added_modules(kwargs["quantization_config"])
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.freeze_base()
@@ -291,29 +287,6 @@ class XCLlamaForCausalLM(ContextGenerationMixin, XCLlamaPreTrainedModel, LlamaFo
         with torch.no_grad():
             for name, tensor in tensors.items():
                 own[name].copy_(tensor)
-
-
-def keep_added_modules(quantization_config):
-    """A copy of a transformers quantization config (or its dict) that leaves the added modules, and the head, whole.
-
-    Raises:
-        ValueError: the method has no list of modules to leave out.
-    """
-    if isinstance(quantization_config, dict):
-        quantization_config = AutoQuantizationConfig.from_dict(quantization_config)
-    fields = ("llm_int8_skip_modules", "modules_to_not_convert")
-    field = next((name for name in fields if hasattr(quantization_config, name)), None)
-    if field is None:
-        raise ValueError(
-            f"{type(quantization_config).__name__} cannot leave modules out: quantize the base and pass it to "
-            "`XCLlamaForCausalLM.from_decoder`."
-        )
-    config = copy.deepcopy(quantization_config)
-    added = [prefix.strip(".") for prefix in (*ADDED_PREFIXES, "model.encoder.")]
-    # the bare model's names have no prefix
-    added += [name.removeprefix("model.") for name in added]
-    setattr(config, field, sorted({*(getattr(config, field) or ["lm_head"]), *added}))
-    return config
 
 
 def token_ids(texts: Iterable[str] | Iterable[list[int]], base: PreTrainedModel) -> Iterator[list[int]]:

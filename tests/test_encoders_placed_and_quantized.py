@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from modeling_xcllama import XCLlamaForCausalLM
-from modeling_xcllama.modeling_xcllama import keep_added_modules
+from modeling_xcllama.added_modules import keep_added_modules
 
 FIELDS = {"cross_attention_layers": [1, 3], "cross_attention_gate": None}
 
