@@ -23,7 +23,7 @@ SCRIPT = Path(__file__).with_name("store_processes.py")
 
 @pytest.fixture(scope="module")
 def run():
-    """Run a role of store_processes.py in a new process; returns the JSON that it printed first."""
+    """Run a role of store_processes.py in a new process; returns the JSON that it printed."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen([sys.executable, SCRIPT], text=True, env=environment, cwd="/", **pipes) as server:
@@ -32,7 +32,8 @@ def run():
             print(json.dumps([str(a) if isinstance(a, Path) else a for a in arguments]), file=server.stdin, flush=True)
             status, output = json.loads(server.stdout.readline())
             assert status == 0, output[-3000:]
-            return json.loads(output.splitlines()[0]) if output else None
+            # among what is logged
+            return json.loads(next((line for line in output.splitlines() if line[0] in "[{"), "null"))
 
         yield call
         server.stdin.close()

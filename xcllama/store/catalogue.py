@@ -222,8 +222,6 @@ class Catalogue:
         with self.transaction() as connection:
             connection.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
 
-    # reading
-
     def locate(self, document_id: str, position: int | None = None) -> list[Location]:
         """Where the passages of a document lie, in order, or one of them; empty where there is none (any more)."""
         values = [document_id, time.time()]
@@ -276,8 +274,6 @@ class Catalogue:
         }
         row = self.rows("SELECT " + ", ".join(f"({query})" for query in columns.values()))[0]
         return dict(zip(columns, map(int, row), strict=True))
-
-    # writing
 
     def commit(
         self,

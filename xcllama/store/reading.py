@@ -139,7 +139,7 @@ class Reader:
         index = {state: number for number, state in enumerate(unique)}
         picked = tuple(tuple(index[place.state] for place in row) for row in rows)
         whole = picked == tuple((number,) for number in range(len(unique)))
-        return self._join(list(unique.values()), found, fingerprint, None if whole else picked), rows
+        return join(list(unique.values()), found, fingerprint, None if whole else picked), rows
 
     def verify(self) -> VerifyReport:
         """Read every context and compare checksums; what is damaged is marked where the catalogue can be written."""
@@ -166,27 +166,29 @@ class Reader:
             raise MissingDocumentError(missing, self._where)
         return rows
 
-    def _fetch(self, places: Collection[Location]) -> dict[Location, dict[str, numpy.ndarray]]:
-        """The rows of contexts; what is damaged is left out."""
-        found: dict[Location, dict[str, numpy.ndarray]] = {}
+    def _fetch(self, places: Collection[Location]) -> dict[Location, tuple]:
+        """Contexts as (open shard, rows of each part); what is damaged is left out."""
+        found: dict[Location, tuple] = {}
         for number in {place.shard for place in places}:
             try:
-                found |= self.shard(number).fetch([place for place in places if place.shard == number])
+                shard = self.shard(number)
+                rows = shard.fetch([place for place in places if place.shard == number])
             except DamagedShardError:
                 continue
+            found |= {place: (shard, own) for place, own in rows.items()}
         return found
 
-    def _join(self, places: Sequence[Location], found: dict, fingerprint: str, rows: tuple | None) -> ContextCache:
-        """A cache of contexts, each stored once: views of a mapped shard if they lie there so, else one copy."""
-        offsets = offsets_of(place.tokens for place in places)
-        shard, start = self.shard(places[0].shard), places[0].start
-        run = [(places[0].shard, start + offset) for offset in offsets[:-1]]
-        if run == [(place.shard, place.start) for place in places] and isinstance(shard, MappedShard):
-            tensors = {name: tensor[start : start + offsets[-1]] for name, tensor in shard.tensors.items()}
-        else:
-            # numpy asks for huge pages where much is copied, torch does not
-            tensors = {
-                name: part.tensor(numpy.concatenate([found[place][name] for place in places]))
-                for name, part in shard.parts.items()
-            }
-        return cache_of_parts(tensors, offsets, fingerprint, rows)
+
+def join(places: Sequence[Location], found: dict, fingerprint: str, rows: tuple | None) -> ContextCache:
+    """A cache of contexts, each stored once: views of a mapped shard if they lie there so, else one copy."""
+    offsets, (shard, _), start = offsets_of(place.tokens for place in places), found[places[0]], places[0].start
+    run = [(places[0].shard, start + offset) for offset in offsets[:-1]]
+    if run == [(place.shard, place.start) for place in places] and isinstance(shard, MappedShard):
+        tensors = {name: tensor[start : start + offsets[-1]] for name, tensor in shard.tensors.items()}
+    else:
+        # numpy asks for huge pages where much is copied, torch does not
+        tensors = {
+            name: part.tensor(numpy.concatenate([found[place][1][name] for place in places]))
+            for name, part in shard.parts.items()
+        }
+    return cache_of_parts(tensors, offsets, fingerprint, rows)
