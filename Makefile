@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-slow test-browser space bench bench-quick lint style models fuzz kernels-inspect train-small train-smoke evaluate-small evaluate-layouts evaluate-offline ablations publish-dry-run clean
+.PHONY: demo test test-slow test-browser space bench bench-quick lint style models fuzz kernels-inspect train-small train-smoke evaluate-dev evaluate-small ablations publish-dry-run clean
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -72,28 +72,19 @@ train-small: models
 		$$train --no-training --export checkpoints/$$name --results results || exit 1; \
 	done
 
-# hours on one core; what was evaluated before is not evaluated again
-evaluate-small: models
-	$(BIN)/python scripts/compare_methods.py --device cpu --batch_size 8 --limit 100 --output runs/eval --results results \
-		--checkpoint checkpoints/xc-smollm2-135m checkpoints/xc-smollm2-135m-condensed checkpoints/xc-enc-minilm \
-		--lora-prompt checkpoints/lora-prompt --lora-closed-book checkpoints/lora-closed-book \
-		--methods none prompt lora_closed_book lora_prompt cross cross_shuffled cross_int8 cross_int4 \
-		--tasks xc_squad_sample xc_coqa xc_drop xc_boolq xc_biomedical --control-tasks xc_squad_sample
+# hours on one core; what was answered before is not answered again. Choices look at dev, a release is measured on test
+EVALUATED := --checkpoint checkpoints/xc-smollm2-135m checkpoints/xc-smollm2-135m-condensed checkpoints/xc-enc-minilm \
+	--lora-prompt checkpoints/lora-prompt --lora-closed-book checkpoints/lora-closed-book
 
-# the two layouts on three times the questions, a quarter of an hour on one core
-evaluate-layouts: models
-	$(BIN)/python scripts/compare_methods.py --device cpu --batch_size 8 --limit 300 --output runs/eval_layouts --results results/layouts \
-		--checkpoint checkpoints/xc-smollm2-135m checkpoints/xc-smollm2-135m-condensed --methods none cross --tasks xc_squad_sample
+evaluate-dev: models
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/compare_methods.py $(EVALUATED) --split dev --store-threshold --results runs/compare
+
+evaluate-small: models
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/compare_methods.py $(EVALUATED) --split test --results results
 
 # an hour and a half on one core; what was trained and evaluated before is not again
 ablations: models
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/run_ablations.py
-
-# every mode of the evaluation on 20 questions a task; whole papers in the prompt take most of its half hour
-evaluate-offline: models
-	$(BIN)/python scripts/compare_methods.py --device cpu --limit 20 --output runs/eval_offline \
-		--checkpoint checkpoints/xc-smollm2-135m --tasks xc_offline
-	$(BIN)/python scripts/tabulate_results.py runs/eval_offline --results results/eval_offline_limit20.json
 
 train-smoke: models
 	rm -rf runs/smoke

@@ -1,7 +1,7 @@
 """Every way to give a model its texts, on the same questions: answers, paired differences, what is not in the text.
 
 python scripts/compare_methods.py --checkpoint checkpoints/xc-smollm2-135m --lora-prompt checkpoints/lora-prompt
-    --lora-closed-book checkpoints/lora-closed-book --split dev --output runs/compare --results results/squad_dev.json
+    --lora-closed-book checkpoints/lora-closed-book --split dev --output runs/compare --results results
 """
 
 import argparse
@@ -34,7 +34,7 @@ def main() -> int:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--output", type=Path, default=Path("runs/compare"), help="of all runs; a second call goes on")
-    parser.add_argument("--results", type=Path, help="write all figures to this JSON, and the picture beside it")
+    parser.add_argument("--results", type=Path, help="folder for eval_CHECKPOINT.json and .png; the first has all")
     parser.add_argument(
         "--store-threshold",
         action="store_true",
@@ -58,11 +58,13 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     thresholds = {Path(folder).name: stored_threshold(folder) for folder in arguments.checkpoint}
-    summary = summarize(runs, thresholds)
-    print(markdown(summary))
-    if arguments.results:
-        write_result(arguments.results, summary, seed=0)
-        draw(summary, arguments.results.with_suffix(".png"))
+    print(markdown(summarize(runs, thresholds)))
+    for number, name in enumerate(thresholds) if arguments.results else ():
+        # the others' hold their own methods and the baselines
+        shown = [run for run in runs if number == 0 or run.model == name or run.model not in thresholds]
+        summary = summarize(shown, thresholds)
+        write_result(arguments.results / f"eval_{name}.json", summary, seed=0)
+        draw(summary, arguments.results / f"eval_{name}.png")
     return 0
 
 

@@ -135,7 +135,7 @@ def offline_table() -> str:
     name = "eval_offline_limit20"
     result = read_result(RESULTS, name)
     if result is None:
-        return "Not measured yet: `make evaluate-offline`."
+        return "Not measured."
     fields = {"context_tokens": ",.0f", "cache_bytes_per_token": ",.0f"}
     lines = [
         "| method | tasks | contexts encoded | from the folder | context tokens | bytes a token |",
@@ -275,7 +275,7 @@ TABLES = {
     "bytes": bytes_table,
     "demo": demo_table,
     "evaluation": evaluation_table,
-    "layouts": partial(evaluation_table, "layouts/eval_xc-smollm2-135m", "evaluate-layouts"),
+    "layouts": partial(evaluation_table, "layouts/eval_xc-smollm2-135m", "evaluate-small"),
     "ablations": ablations_table,
     "offline": offline_table,
     "store": store_table,
