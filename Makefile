@@ -78,10 +78,10 @@ COMPARE = OMP_NUM_THREADS=1 $(BIN)/xcllama eval compare --checkpoint checkpoints
 	--lora-prompt checkpoints/lora-prompt --lora-closed-book checkpoints/lora-closed-book
 
 evaluate-dev: models
-	$(COMPARE) --split dev --store-threshold --results results/squad_dev.json
+	$(COMPARE) --split dev --store-threshold --results runs/compare
 
 evaluate-test: models
-	$(COMPARE) --split test --results results/eval_xc-smollm2-135m.json
+	$(COMPARE) --split test --results results
 
 # an hour and a half on one core; what was trained and evaluated before is not again
 ablations: models

@@ -47,7 +47,9 @@ def compare(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     device: Annotated[str, typer.Option(help="As torch names it.")] = "cpu",
     output: Annotated[Path, typer.Option(help="Folder of all runs; a second call goes on.")] = Path("runs/compare"),
-    results: Annotated[Path | None, typer.Option(help="JSON for all figures; the picture lies beside it.")] = None,
+    results: Annotated[
+        Path | None, typer.Option(help="Folder for eval_CHECKPOINT.json and .png; the first has all.")
+    ] = None,
     store_threshold: Annotated[
         bool, typer.Option("--store-threshold", help="Let checkpoints decline below the score chosen here.")
     ] = False,
@@ -75,8 +77,11 @@ def compare(
     runs = load_runs(paths)
     for folder in checkpoint if store_threshold else ():
         typer.echo(f"{folder} declines answers below {choose_threshold(folder, answers_of(runs, folder))}")
-    summary = summarize(runs, {Path(folder).name: stored_threshold(folder) for folder in checkpoint})
-    typer.echo(markdown(summary))
-    if results:
-        write_result(results, summary, MEASURED, seed=0)
-        draw(summary, results.with_suffix(".png"))
+    thresholds = {Path(folder).name: stored_threshold(folder) for folder in checkpoint}
+    typer.echo(markdown(summarize(runs, thresholds)))
+    for number, name in enumerate(thresholds) if results else ():
+        # the others' hold their own methods and the baselines
+        shown = [run for run in runs if number == 0 or run.model == name or run.model not in thresholds]
+        summary = summarize(shown, thresholds)
+        write_result(results / f"eval_{name}.json", summary, MEASURED, seed=0)
+        draw(summary, results / f"eval_{name}.png")
