@@ -15,6 +15,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
+from xcllama.evaluation import command
 from xcllama.evaluation.fusion_in_decoder import FusionInDecoderLM
 
 CONTEXTS = ["cat sat", "dog ran far", "red boat"]
