@@ -65,7 +65,7 @@ train-small: models
 			xc-smollm2-135m-block-short xc-smollm2-135m-block-joined xc-smollm2-135m-block \
 			xc-smollm2-135m-condensed-short xc-smollm2-135m-condensed-joined xc-smollm2-135m-condensed \
 			xc-enc-minilm-short xc-enc-minilm-repeated xc-enc-minilm-drawn xc-enc-minilm; do \
-		train="env OMP_NUM_THREADS=1 $(BIN)/python scripts/train.py --recipe xcllama/training/recipes/$$name.yaml"; \
+		train="env OMP_NUM_THREADS=1 $(BIN)/xcllama train $$name"; \
 		resume=; if [ -e runs/$$name/recipe.json ]; then resume=--resume; fi; \
 		$$train $$resume || exit 1; \
 		case $$name in *-short|*-joined|*-joint|*-repeated|*-drawn) continue;; esac; \
@@ -74,16 +74,16 @@ train-small: models
 
 # hours on one core; what was evaluated before is not evaluated again
 evaluate-small: models
-	$(BIN)/python scripts/compare_methods.py --device cpu --batch_size 8 --limit 100 --output runs/eval --results results \
-		--checkpoint checkpoints/xc-smollm2-135m checkpoints/xc-smollm2-135m-condensed checkpoints/xc-enc-minilm \
+	$(BIN)/xcllama eval compare --device cpu --batch_size 8 --limit 100 --output runs/eval --results results \
+		--checkpoint checkpoints/xc-smollm2-135m --checkpoint checkpoints/xc-smollm2-135m-condensed --checkpoint checkpoints/xc-enc-minilm \
 		--lora-prompt checkpoints/lora-prompt --lora-closed-book checkpoints/lora-closed-book \
-		--methods none prompt lora_closed_book lora_prompt cross cross_shuffled cross_int8 cross_int4 \
-		--tasks xc_squad_sample xc_coqa xc_drop xc_boolq xc_biomedical --control-tasks xc_squad_sample
+		--methods none,prompt,lora_closed_book,lora_prompt,cross,cross_shuffled,cross_int8,cross_int4 \
+		--tasks xc_squad_sample,xc_coqa,xc_drop,xc_boolq,xc_biomedical --control-tasks xc_squad_sample
 
 # the two layouts on three times the questions, a quarter of an hour on one core
 evaluate-layouts: models
-	$(BIN)/python scripts/compare_methods.py --device cpu --batch_size 8 --limit 300 --output runs/eval_layouts --results results/layouts \
-		--checkpoint checkpoints/xc-smollm2-135m checkpoints/xc-smollm2-135m-condensed --methods none cross --tasks xc_squad_sample
+	$(BIN)/xcllama eval compare --device cpu --batch_size 8 --limit 300 --output runs/eval_layouts --results results/layouts \
+		--checkpoint checkpoints/xc-smollm2-135m --checkpoint checkpoints/xc-smollm2-135m-condensed --methods none,cross --tasks xc_squad_sample
 
 # an hour and a half on one core; what was trained and evaluated before is not again
 ablations: models
@@ -91,17 +91,17 @@ ablations: models
 
 # every mode of the evaluation on 20 questions a task; whole papers in the prompt take most of its half hour
 evaluate-offline: models
-	$(BIN)/python scripts/compare_methods.py --device cpu --limit 20 --output runs/eval_offline \
+	$(BIN)/xcllama eval compare --device cpu --limit 20 --output runs/eval_offline \
 		--checkpoint checkpoints/xc-smollm2-135m --tasks xc_offline
-	$(BIN)/python scripts/tabulate_results.py runs/eval_offline --results results/eval_offline_limit20.json
+	$(BIN)/xcllama eval table runs/eval_offline --results results/eval_offline_limit20.json
 
 train-smoke: models
 	rm -rf runs/smoke
-	OMP_NUM_THREADS=1 $(BIN)/python scripts/train.py --recipe xcllama/training/recipes/smoke.yaml --export runs/smoke/export
+	OMP_NUM_THREADS=1 $(BIN)/xcllama train smoke --export runs/smoke/export
 
 # everything but the upload; with a token (HF_TOKEN) compared with what is on the Hub
 publish-dry-run: models
-	$(BIN)/python scripts/push_to_hub.py all --namespace xcllama --dry-run
+	$(BIN)/xcllama publish all --namespace xcllama --dry-run
 
 clean:
 	rm -rf .venv build dist *.egg-info

@@ -5,7 +5,7 @@ python scripts/build_dataset.py --source mix --output runs/mix --num-proc 2     
 python scripts/build_dataset.py --source mix --mix-of hotpotqa squad_v2 --path hotpotqa=hotpot_train_v1.1.json
     --path squad_v2=train-v2.0.json --benchmarks repliqa --path repliqa=repliqa_0.parquet --output runs/mix
 
-`python scripts/push_to_hub.py dataset --build runs/mix --repo-id ORG/NAME` publishes it.
+`xcllama publish dataset --build runs/mix --repo-id ORG/NAME` publishes it.
 """
 
 import argparse

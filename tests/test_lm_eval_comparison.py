@@ -22,7 +22,7 @@ def launched(processes: int, arguments: list[str]) -> subprocess.CompletedProces
         head += ["--main_process_port", "0"]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [*head, "-m", "xcllama.evaluation", *arguments], capture_output=True, text=True, env=environment
+        [*head, "-m", "xcllama", "eval", "run", *arguments], capture_output=True, text=True, env=environment
     )
 
 
@@ -53,7 +53,7 @@ def test_an_error_in_one_process_ends_all(checkpoint, tmp_path):
     data = json.dumps({"paths": {"squad_v2": str(tmp_path)}, "split": "test", "bertscore_model": "none"})
     done = launched(2, [*model_arguments(checkpoint, "prompt"), "--tasks", "xc_squad_v2", "--metadata", data])
     assert done.returncode != 0
-    assert "error: task xc_squad_v2: the prompt of document" in done.stderr
+    assert "Error: task xc_squad_v2: the prompt of document" in done.stderr
     assert "results" not in done.stdout
 
 
@@ -113,10 +113,10 @@ def test_what_was_compared_is_not_run_again(tmp_path, checkpoint, monkeypatch):
 
 @pytest.mark.slow
 def test_comparison_in_one_command(checkpoint, tmp_path):
-    script = Path(__file__).parent.parent / "scripts" / "compare_methods.py"
-    call = [sys.executable, str(script), "--checkpoint", checkpoint, "--output", str(tmp_path / "runs"),
-            "--methods", "cross", "none", "--tasks", "xc_squad_v2", "--metadata", metadata(squad_v2="squad_v2.json"),
-            "--results", str(tmp_path / "results"), "--device", "cpu"]  # fmt: skip
+    call = [sys.executable, "-m", "xcllama", "eval", "compare", "--checkpoint", checkpoint,
+            "--output", str(tmp_path / "runs"), "--methods", "cross,none", "--tasks", "xc_squad_v2",
+            "--metadata", metadata(squad_v2="squad_v2.json"), "--device", "cpu",
+            "--results", str(tmp_path / "results")]  # fmt: skip
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     first, second = (subprocess.run(call, capture_output=True, text=True, env=environment) for _ in range(2))
     assert first.returncode == 0, first.stderr[-2000:]

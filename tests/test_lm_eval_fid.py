@@ -106,7 +106,7 @@ def test_earlier_turns_stand_in_front_of_the_question(folder):
     assert second == "question: red cat who title:  context: dog ran far"
 
 
-def test_through_the_same_tasks(folder, tmp_path, monkeypatch):
+def test_through_the_same_tasks(folder, tmp_path):
     from xcllama.evaluation import command
 
     fixtures = Path(__file__).parent / "fixtures"
@@ -114,8 +114,7 @@ def test_through_the_same_tasks(folder, tmp_path, monkeypatch):
     arguments = ["--model", "fid", "--model_args", f"pretrained={folder},dtype=float32", "--device", "cpu",
                  "--tasks", "xc_squad_v2", "--metadata", json.dumps(data), "--output_path", str(tmp_path),
                  "--log_samples"]  # fmt: skip
-    monkeypatch.setattr(sys, "argv", ["xcllama-eval", *arguments])
-    assert command.main() == 0
+    assert command.main(arguments) == 0
     (run,) = tables.load_runs([tmp_path])
     assert (run.task, run.mode) == ("xc_squad_v2", "fid")
     assert 0 <= run.metrics["f1"][0] <= 1

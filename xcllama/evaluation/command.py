@@ -1,5 +1,6 @@
-"""The command `python -m xcllama.evaluation` (`xcllama-eval`): lm-eval's arguments, each task kept when done."""
+"""`xcllama eval run`: lm-eval's arguments, this project's models and tasks, each task kept when done."""
 
+import argparse
 import json
 import logging
 import os
@@ -10,7 +11,7 @@ from typing import Any
 
 import lm_eval.models  # noqa: F401  (registers lm-eval's own models before ours)
 from lm_eval import simple_evaluate
-from lm_eval._cli import HarnessCLI
+from lm_eval._cli.run import Run
 from lm_eval.api.registry import get_model
 from lm_eval.config.evaluate_config import EvaluatorConfig
 from lm_eval.loggers import EvaluationTracker
@@ -31,17 +32,14 @@ MERGED = ("results", "groups", "group_subtasks", "configs", "versions", "n-shot"
 TASK_ERRORS = (ValueError, KeyError, OSError, RuntimeError, NotImplementedError)
 
 
-def main() -> int:
-    """Run the command line; returns the exit code."""
+def main(arguments: list[str]) -> int:
+    """Run `lm-eval run` with these arguments; returns the exit code."""
     setup_logging()
-    command = shlex.join(["python", "-m", "xcllama.evaluation", *sys.argv[1:]])
-    parser = HarnessCLI()
-    arguments = parser.parse_args()
-    if getattr(arguments, "command", None) != "run":
-        parser.execute(arguments)
-        return 0
+    command = shlex.join(["xcllama", "eval", "run", *arguments])
+    commands = argparse.ArgumentParser(prog="xcllama eval").add_subparsers()
+    Run.create(commands)
     try:
-        return evaluate(EvaluatorConfig.from_cli(arguments), command)
+        return evaluate(EvaluatorConfig.from_cli(commands.choices["run"].parse_args(arguments)), command)
     except (ValueError, TypeError, OSError) as error:
         return _fail(error)
 
@@ -111,7 +109,9 @@ def find_tasks(config: EvaluatorConfig) -> tuple[TaskManager, list[str]]:
             break
     if unknown := [task for task, found in matches.items() if not found]:
         ours = ", ".join(sorted(name for name in manager.all_tasks if name.startswith("xc_")))
-        raise ValueError(f"task {unknown[0]!r} is unknown; this project's are {ours} (all: `ls tasks`).")
+        raise ValueError(
+            f"task {unknown[0]!r} is unknown; this project's are {ours} (`xcllama eval tasks` lists them)."
+        )
     names = [leaf for found in matches.values() for name in found for leaf in _leaves(manager, name)]
     return manager, list(dict.fromkeys(names))
 
@@ -209,5 +209,5 @@ def _fail(error: BaseException, task: str | None = None) -> int:
     message = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
     where = f"task {task}: " if task else ""
     if int(os.environ.get("RANK", "0")) == 0 or task:
-        print(f"error: {where}{' '.join(message.split())}", file=sys.stderr)
-    return 2
+        print(f"Error: {where}{' '.join(message.split())}", file=sys.stderr)
+    return 1

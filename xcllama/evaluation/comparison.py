@@ -145,8 +145,8 @@ def compare(
             if done.exists() and done.read_text() == state:
                 print(f"{evaluation.output}, {task}: done before")
                 continue
-            print(f"python -m xcllama.evaluation {shlex.join(asked)}", flush=True)
-            if subprocess.run([sys.executable, "-m", "xcllama.evaluation", *asked]).returncode:
+            print(f"xcllama eval run {shlex.join(asked)}", flush=True)
+            if subprocess.run([sys.executable, "-m", "xcllama", "eval", "run", *asked]).returncode:
                 failures += 1
             else:
                 done.write_text(state)
