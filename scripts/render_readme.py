@@ -14,6 +14,7 @@ from pathlib import Path
 from transformers import BertConfig
 
 from modeling_xcllama import XCLlamaConfig
+from xcllama.provenance import caption
 from xcllama.publishing.costs import cache_bytes, key_value_bytes
 from xcllama.publishing.model_card import read_result, readme, scored_runs
 
@@ -67,9 +68,7 @@ def bytes_table() -> str:
 
 def source(name: str, result: dict) -> str:
     """One line that says where a table comes from."""
-    run = result["provenance"]
-    made = f"`{run['command']}`, commit {run['commit'][:10]}, {run['date'][:10]}, {run['machine']}"
-    return f"\n`results/{name}.json`: {made}."
+    return f"\n`results/{name}.json`: {caption(result['provenance'])}."
 
 
 def cell(value: float | None, form: str) -> str:
@@ -268,7 +267,7 @@ def kernels_table() -> str:
         times = {row["bits"]: row["decode_us"] for row in rows if (row["batch"], row["context"]) == (batch, context)}
         cells = [f"{times[bits][chip]:,.1f} us" for chip in ("H100", "MI300X") for bits in (0, 8, 4)]
         lines.append(f"| {batch} x {context:,} tokens of context | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n" + source(name, {"provenance": result})
+    return "\n".join(lines) + "\n" + source(name, result)
 
 
 TABLES = {

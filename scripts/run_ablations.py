@@ -13,9 +13,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from dataset_builders.provenance import write_result
 from xcllama.evaluation.comparison import Models, compare
 from xcllama.evaluation.tables import interval, load_runs
+from xcllama.provenance import provenance, require_clean, write_result
 from xcllama.training.checkpoints import checkpoints
 from xcllama.training.export import export_model, training_figures
 from xcllama.training.recipe import Recipe, load_recipe, recipe_from_dict
@@ -23,6 +23,7 @@ from xcllama.training.run import load_run, run_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 TASK = "xc_squad_sample"
+MEASURED = ("modeling_xcllama", "dataset_builders", "xcllama/training", "xcllama/evaluation")
 RECIPE = ROOT / "xcllama/training/recipes/ablation.yaml"
 # row -> what differs from the recipe
 ROWS: dict[str, dict[str, Any]] = {
@@ -90,7 +91,8 @@ def run(row: str, runs: Path, limit: int) -> dict[str, Any]:
         "f1": evaluated.metrics["f1"][0],
         "interval": interval(evaluated, "f1"),
     }
-    return {"row": row, "changes": ROWS[row], **figures, "answers": answers}
+    made = {"provenance": provenance(MEASURED, recipe.seed)}
+    return {"row": row, "changes": ROWS[row], **figures, "answers": answers, **made}
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
@@ -131,6 +133,7 @@ def main() -> int:
     parser.add_argument("--limit", type=int, default=100, help="questions a row answers")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+    require_clean(arguments.results)
     found = measured(arguments.results, arguments.limit)
     for name in arguments.rows:
         if name in found:
@@ -142,7 +145,7 @@ def main() -> int:
             return 2
         # with those of earlier calls: an interrupted call loses none
         rows = [found[row] for row in ROWS if row in found]
-        write_result(arguments.results, {"rows": rows}, seed=0)
+        write_result(arguments.results, {"rows": rows}, MEASURED, seed=0)
         plot(rows, arguments.results.with_suffix(".png"))
     return 0
 

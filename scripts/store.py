@@ -31,7 +31,9 @@ from context_store.answering import ask, break_even
 from context_store.documents import Document, read_documents
 from context_store.snapshot import pull
 from dataset_builders import SOURCES, read_source
-from dataset_builders.provenance import write_result
+from xcllama.provenance import write_result
+
+MEASURED = ("modeling_xcllama", "context_store")
 
 
 def open_store(arguments: argparse.Namespace, with_model: bool, **options):
@@ -74,7 +76,7 @@ def add(arguments: argparse.Namespace) -> int:
     if arguments.json:
         # of the whole store: an earlier call may have added a part
         totals = {name: store.stats()[name] for name in ("documents", "tokens", "document_bytes", "shards", "dtype")}
-        write_result(arguments.json, {"added": asdict(report), "store": totals})
+        write_result(arguments.json, {"added": asdict(report), "store": totals}, MEASURED)
     store.close()
     return 0
 
@@ -101,7 +103,7 @@ def ask_question(arguments: argparse.Namespace) -> int:
         print(*measured.lines(), sep="\n")
         figures["break_even"] = measured.as_dict()
     if arguments.json:
-        write_result(arguments.json, figures)
+        write_result(arguments.json, figures, MEASURED)
     return 0
 
 

@@ -60,7 +60,7 @@ def test_every_mode_writes_quality_and_cost(run, checkpoint, tmp_path, mode):
     found = results(tmp_path / "out")
     assert set(found["results"]) == {"xc_squad_v2", "xc_msmarco"}
     assert found["config"]["context_mode"] == mode
-    assert "--tasks xc_squad_v2,xc_msmarco" in found["config"]["command"]
+    assert found["config"]["provenance"]["code"]["digest"]
     figures = found["results"]["xc_squad_v2"]
     for metric in ("exact_match", "f1", "answer_recall", "rouge_l", "k_precision", "no_answer_accuracy"):
         assert 0 <= figures[f"{metric},none"] <= 1

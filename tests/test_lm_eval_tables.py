@@ -23,10 +23,10 @@ def write_run(folder, mode: str, date: float, values: list[float], samples: bool
         },
         "config": {
             "model": "xcllama", "model_args": {"pretrained": "checkpoints/xc"}, "context_mode": mode, "limit": 4,
-            "cache_dtype": "bfloat16", "cache_bytes_per_token": 640, "command": f"run {mode}", "torch_seed": 1234,
+            "cache_dtype": "bfloat16", "cache_bytes_per_token": 640, "provenance": {"command": f"run {mode}"},
             "contexts_encoded": 3,
         },
-        "git_hash": "abc", "date": date, "transformers_version": "5",
+        "date": date,
     }  # fmt: skip
     if samples:
         document["samples_files"] = {"xc_coqa": file}

@@ -156,7 +156,7 @@ def test_a_changed_result_changes_the_card(tmp_path):
     path.write_text(json.dumps(measured))
     assert "## Held-out figures" not in card_of(folder, tmp_path / "results")
     path = tmp_path / "results" / f"eval_{folder.name}.json"
-    result["provenance"]["machine"] = None
+    run["method"] = None
     path.write_text(json.dumps(result))
     with pytest.raises(ValueError, match="has an empty slot: a value is None or empty"):
         card_of(folder, tmp_path / "results")
@@ -175,7 +175,7 @@ def test_the_benchmark_has_its_table(tmp_path):
     folder = ROOT / "checkpoints" / DEFAULT
     card = card_of(folder, tmp_path / "results")
     assert card.count("| 0.432 s | 0.057 s | 1,234,567 |") == len(CASES)
-    assert "`python scripts/benchmark.py` at commit" in card
+    assert "`python scripts/benchmark.py`, commit" in card
     other = shutil.copytree(folder, tmp_path / "another")
     assert "## Speed" not in card_of(other, tmp_path / "results")
 

@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 from training_support import base_folder, batch_and_objective, equal, make_recipe, rows_file, weights_of
 from transformers import LlamaForCausalLM
 
-from dataset_builders.provenance import write_result
 from modeling_xcllama.checkpoints import load_checkpoint as load_checkpoint_folder
 from modeling_xcllama.fingerprint import weights_digest
+from xcllama.provenance import write_result
 from xcllama.publishing.model_card import readme
 from xcllama.training.build import build_model
 from xcllama.training.checkpoints import checkpoints, load_checkpoint
@@ -267,7 +267,7 @@ def test_export_holds_what_a_reader_needs(make_recipe, precision, tmp_path):
         "training.json",
     }
     assert "Held-out" not in readme(target, tmp_path)
-    write_result(tmp_path / f"training_{recipe.name}.json", figures, recipe.seed)
+    write_result(tmp_path / f"training_{recipe.name}.json", figures, [], recipe.seed)
     card = readme(target, tmp_path)
     assert "license_name: terms-of-the-base-model" in card
     assert f"{figures['held_out']['answer_loss']['wrong_context']:.3f}" in card

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from xcllama.commands import PASS_ON
+from xcllama.provenance import require_clean, write_result
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -49,12 +50,13 @@ def compare(
 
     The first checkpoint's results hold all methods.
     """
-    from dataset_builders.provenance import write_result
+    from xcllama.evaluation.command import MEASURED
     from xcllama.evaluation.comparison import Models
     from xcllama.evaluation.comparison import compare as compare_methods
     from xcllama.evaluation.plots import draw
     from xcllama.evaluation.tables import load_runs, markdown, summarize
 
+    require_clean(results)
     models = Models(checkpoint, lora_prompt, lora_closed_book, fid)
     asked = methods.split(",") if methods else models.default_methods()
     on_controls = (control_tasks or tasks).split(",")
@@ -64,7 +66,7 @@ def compare(
     summaries = {name: summarize(load_runs(places)) for name, places in folders.items()}
     typer.echo(markdown(summaries[first]))
     for name, summary in summaries.items() if results else ():
-        write_result(results / f"eval_{name}.json", summary, seed=0)
+        write_result(results / f"eval_{name}.json", summary, MEASURED, seed=0)
         draw(summary, results / f"eval_{name}.png")
     raise typer.Exit(1 if failures else 0)
 
@@ -76,8 +78,8 @@ def table(
     results: Annotated[Path | None, typer.Option(help="Also write all figures to this JSON.")] = None,
 ) -> None:
     """Tables of finished runs, as Markdown."""
-    from dataset_builders.provenance import write_result
     from xcllama.evaluation import tables
+    from xcllama.evaluation.command import MEASURED
 
     summary = tables.summarize(tables.load_runs(folders))
     text = tables.markdown(summary)
@@ -85,4 +87,4 @@ def table(
     if markdown:
         markdown.write_text(text + "\n")
     if results:
-        write_result(results, summary, seed=0)
+        write_result(results, summary, MEASURED, seed=0)

@@ -8,8 +8,10 @@ from typing import Annotated
 
 import typer
 
+from xcllama.provenance import require_clean
 from xcllama.training.recipe import Recipe, load_recipe
 
+MEASURED = ("modeling_xcllama", "dataset_builders", "xcllama/training")
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -35,6 +37,7 @@ def train(
     from xcllama.training.loop import DivergedError
     from xcllama.training.run import load_run, run_recipe
 
+    require_clean(results)
     folder = run_folder or Path("runs") / loaded.name
     try:
         model = load_run(loaded, folder) if no_training else run_recipe(loaded, folder, resume)
@@ -47,7 +50,7 @@ def train(
 
 def _write(recipe: Recipe, model, folder: Path, export: Path | None, results: Path | None, questions: int) -> None:
     """Export the model with its card, measure it, or both."""
-    from dataset_builders.provenance import write_result
+    from xcllama.provenance import write_result
     from xcllama.publishing.model_card import readme
     from xcllama.training.export import export_model, training_figures
 
@@ -55,6 +58,6 @@ def _write(recipe: Recipe, model, folder: Path, export: Path | None, results: Pa
         export_model(recipe, model, folder, export)
     if results:
         figures = training_figures(recipe, model, folder, questions)
-        write_result(results / f"training_{recipe.name}.json", figures, recipe.seed)
+        write_result(results / f"training_{recipe.name}.json", figures, MEASURED, recipe.seed)
     if export:
         (export / "README.md").write_text(readme(export, results or Path("results")))

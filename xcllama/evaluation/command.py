@@ -4,7 +4,6 @@ import argparse
 import json
 import logging
 import os
-import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,10 @@ from lm_eval.utils import handle_non_serializable, make_table, setup_logging
 
 import xcllama.evaluation.fusion_in_decoder
 import xcllama.evaluation.model  # noqa: F401  (registers xcllama)
+from xcllama.provenance import provenance
 
+# whose code makes the figures
+MEASURED = ("modeling_xcllama", "dataset_builders", "xcllama/evaluation")
 logger = logging.getLogger(__name__)
 
 TASKS = Path(__file__).parent / "tasks"
@@ -35,16 +37,15 @@ TASK_ERRORS = (ValueError, KeyError, OSError, RuntimeError, NotImplementedError)
 def main(arguments: list[str]) -> int:
     """Run `lm-eval run` with these arguments; returns the exit code."""
     setup_logging()
-    command = shlex.join(["xcllama", "eval", "run", *arguments])
     commands = argparse.ArgumentParser(prog="xcllama eval").add_subparsers()
     Run.create(commands)
     try:
-        return evaluate(EvaluatorConfig.from_cli(commands.choices["run"].parse_args(arguments)), command)
+        return evaluate(EvaluatorConfig.from_cli(commands.choices["run"].parse_args(arguments)))
     except (ValueError, TypeError, OSError) as error:
         return _fail(error)
 
 
-def evaluate(config: EvaluatorConfig, command: str) -> int:
+def evaluate(config: EvaluatorConfig) -> int:
     """Evaluate the tasks of a configuration one by one, saving after each; returns the exit code.
 
     Raises:
@@ -70,7 +71,7 @@ def evaluate(config: EvaluatorConfig, command: str) -> int:
                 return code
             continue
         if results is not None:
-            _save(config, tracker, merged, results, command)
+            _save(config, tracker, merged, results)
     if merged:
         print(f"{config.model} ({config.model_args}), limit: {config.limit}, batch_size: {config.batch_size}")
         print(make_table(merged))
@@ -163,7 +164,7 @@ def _evaluate_task(config, language_model, manager: TaskManager, name: str, trac
     return results
 
 
-def _save(config, tracker, merged: dict[str, Any], results: dict[str, Any], command: str) -> None:
+def _save(config, tracker, merged: dict[str, Any], results: dict[str, Any]) -> None:
     """Merge the results of a finished task into those before and write them; the file before is replaced."""
     samples = results.pop("samples", {})
     for part, values in results.items():
@@ -171,7 +172,8 @@ def _save(config, tracker, merged: dict[str, Any], results: dict[str, Any], comm
             merged.setdefault(part, {}).update(values)
         else:
             merged[part] = values
-    merged["config"] |= {"command": command}
+    seed = merged["config"].get("torch_seed")
+    merged["config"] |= {"provenance": provenance(MEASURED, seed)}
     if not config.output_path:
         return
     before, hashes = getattr(tracker, "date_id", None), merged.get("task_hashes", {})

@@ -4,7 +4,6 @@ runs = load_runs([Path("runs/eval")])
 print(markdown(summarize(runs)))
 """
 
-import datetime
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -88,15 +87,7 @@ def _runs_of(path: Path) -> list[Run]:
         mode = f"LoRA / {mode}"
     elif mode in ("prompt", "prompt_kv", "none"):
         name = base
-    versions = {key: value for key, value in document.items() if key.endswith("_version")}
-    origin = {
-        "command": config.get("command"),
-        "commit": document.get("git_hash"),
-        "date": datetime.datetime.fromtimestamp(document["date"], datetime.UTC).isoformat(timespec="seconds"),
-        "seed": config.get("torch_seed"),
-        "batch_size": config.get("batch_size"),
-        "versions": versions,
-    }
+    origin = config["provenance"] | {"batch_size": config.get("batch_size")}
     runs = []
     for task, figures in document["results"].items():
         metrics = {}
