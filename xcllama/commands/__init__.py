@@ -8,6 +8,7 @@ from huggingface_hub import constants
 
 # sub-command -> (module that has its `app`, extra that installs what it needs, what it does)
 COMMANDS = {
+    "fit": ("xcllama.commands.fit", "train", "Make a reader of cached contexts of any decoder, without training."),
     "train": ("xcllama.commands.train", "train", "Train a recipe and export what was trained."),
     "eval": ("xcllama.commands.eval", "eval", "lm-eval with this project's models and tasks; methods compared."),
     "publish": ("xcllama.commands.publish", "publish", "Assemble, check and upload Hub repositories."),
