@@ -24,8 +24,8 @@ def fit(
     for layer, score in report.r_squared.items():
         typer.echo(f"{layer:5d}  {score:22.3f}" + (f"  {report.gain[layer]:+15.4f}" if report.gain else ""))
     typer.echo(
-        f"{report.num_tokens:,} tokens fitted. Loss of held-out text: {report.loss_prompt:.3f} with its beginning in the "
-        f"prompt, {report.loss_cached:.3f} from the cache, {report.loss_without:.3f} without; the cache brings "
+        f"{report.num_tokens:,} tokens fitted. Loss of held-out text: {report.loss_prompt:.3f} with its beginning in "
+        f"the prompt, {report.loss_cached:.3f} from the cache, {report.loss_without:.3f} without; the cache brings "
         f"{100 * report.share:.0f} % of what the prompt brings."
     )
     typer.echo(f"Written to {output}.")
