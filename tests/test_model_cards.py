@@ -33,6 +33,7 @@ from xcllama.publishing.model_card import (
     checkpoint_card,
     conversion_card,
     eval_results_yaml,
+    evaluation_of,
     is_adapter,
     read_result,
     readme,
@@ -112,10 +113,15 @@ def test_the_metadata_is_valid_and_complete(folder):
     assert re.fullmatch("[0-9a-f]{64}", data.base_model_digest)
     assert set(data.datasets) == {SOURCES[name].hub_id for name in trained["sources"] if name in SOURCES} - {""}
     assert XCLlamaConfig.from_pretrained(folder).base_model_name_or_path in data.base_model
-    evaluation = read_result(RESULTS, f"eval_{folder.name}")
+
+
+@pytest.mark.parametrize("folder", CHECKPOINTS, ids=lambda folder: folder.name)
+def test_the_model_index_holds_the_published_models_own_figures(folder):
+    """And `.eval_results` likewise, and nothing else."""
+    data, evaluation = ModelCard(card_of(folder)).data, evaluation_of(folder, RESULTS)
     if evaluation is None:
-        return
-    # the model index and .eval_results hold the published model's own figures and nothing else
+        assert data.eval_results is None
+        pytest.skip(f"results/eval_{folder.name}.json was measured with other weights, or not yet")
     own = [run for run in evaluation["runs"] if run["method"] == f"{folder.name} / cross / bfloat16"]
     found = {(result.dataset_name, result.metric_type): result.metric_value for result in data.eval_results}
     names = ("f1", "acc", "exact_match")

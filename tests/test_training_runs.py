@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from training_support import base_folder, batch_and_objective, equal, make_recipe, rows_file, weights_of
+from training_support import base_folder, batch_and_objective, equal, make_recipe, rows_file, sharp_folder, weights_of
 from transformers import LlamaForCausalLM
 
 from modeling_xcllama.checkpoints import load_checkpoint as load_checkpoint_folder
@@ -33,15 +33,18 @@ from xcllama.training.run import batches_of, load_run, make_collator, run_recipe
 from xcllama.training.stored_states import encode_in_memory
 
 
-def test_training_lowers_the_loss_and_resume_repeats_it(make_recipe, tmp_path, monkeypatch):
-    recipe = make_recipe()
-    run_recipe(recipe, tmp_path / "whole")
+def test_training_lowers_the_loss_and_resume_repeats_it(make_recipe, sharp_folder, tmp_path, monkeypatch):
+    recipe = make_recipe(model={"base": str(sharp_folder)}, optimization={"learning_rate": 3e-2})
+    batch, untrained, *_ = batch_and_objective(recipe)
+    trained = Objective(run_recipe(recipe, tmp_path / "whole"), recipe)
+    with torch.no_grad():
+        before, after = (float(objective(batch).answer) for objective in (untrained, trained))
+    assert after < 0.8 * before, (before, after)
     losses = [line["loss"] for line in read_log(tmp_path / "whole" / "log.jsonl")]
     assert len(losses) == 12
     assert not [
         name for name in weights_of(tmp_path / "whole") if "cross_attention" not in name and "context" not in name
     ]
-    assert min(losses) < losses[0]
     import xcllama.training.loop as loop
 
     update, calls = loop._update, []
@@ -90,10 +93,8 @@ def test_kill_and_resume_give_the_same_weights(make_recipe, tmp_path):
     folder = tmp_path / "killed"
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     process = subprocess.Popen(run_command(recipe, folder), env=environment, cwd=tmp_path, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 120
     while not checkpoints(folder):
         assert process.poll() is None, process.stderr.read().decode()[-2000:]
-        assert time.monotonic() < deadline
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
