@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modeling_xcllama import context_projection, cross_attention, cross_attention_block, modeling_xcllama
+from modeling_xcllama import cross_attention, cross_attention_block, modeling_xcllama
 from modeling_xcllama.cross_attention import ContextRows
 from modeling_xcllama.decoding_speed import decoding_products
 
@@ -183,7 +183,7 @@ def test_projections_share_one_normalization(tiny_base, make_model, batch, monke
     calls = []
     normalize = torch.nn.functional.rms_norm
     monkeypatch.setattr(
-        context_projection.functional, "rms_norm", lambda *args: calls.append(1) or normalize(*args), raising=True
+        cross_attention_block.functional, "rms_norm", lambda *args: calls.append(1) or normalize(*args), raising=True
     )
     products = []
     linear = torch.nn.functional.linear
