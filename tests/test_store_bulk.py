@@ -218,7 +218,7 @@ def test_processes_of_accelerate_launch(corpus, tmp_path):
     few = tmp_path / "few.parquet"
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS[60:80]), few)
     for output, prefix in (("two", launch), ("one", [])):
-        arguments = ["-m", *prefix, *(["-m"] if prefix else []), "xcllama.store.command", "encode", str(few)]
+        arguments = ["-m", *prefix, *(["-m"] if prefix else []), "xcllama.commands.store", "encode", str(few)]
         arguments += [str(tmp_path / output), "--model", str(CHECKPOINT), "--characters-per-shard", "500"]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd="/", env=environment)

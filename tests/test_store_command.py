@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from modeling_xcllama import XCLlamaForCausalLM
 from modeling_xcllama.checkpoints import load_checkpoint
 from xcllama.store import ContextStore
-from xcllama.store.command import app
+from xcllama.commands.store import app
 from xcllama.store.documents import ReadReport, find_files, read_documents
 
 
@@ -176,7 +176,7 @@ SLOW = """
 import sys, time
 from modeling_xcllama import XCLlamaForCausalLM
 from xcllama.store import encoding
-from xcllama.store.command import app
+from xcllama.commands.store import app
 encode = XCLlamaForCausalLM.encode_context
 def slow(self, *arguments):
     time.sleep(0.3)

@@ -8,7 +8,7 @@ from huggingface_hub import constants
 
 # sub-command -> (module that has its `app`, extra that installs what it needs, what it does)
 COMMANDS = {
-    "store": ("xcllama.store.command", "store", "Documents encoded once, searched, asked, looked after, shared."),
+    "store": ("xcllama.commands.store", "store", "Documents encoded once, searched, asked, looked after, shared."),
     "fit": ("xcllama.commands.fit", "train", "Make a reader of cached contexts of any decoder, without training."),
     "train": ("xcllama.commands.train", "train", "Train a recipe and export what was trained."),
     "eval": ("xcllama.commands.eval", "eval", "lm-eval with this project's models and tasks; methods compared."),
