@@ -313,27 +313,27 @@ def kernels_table() -> str:
 
 
 def headline_table() -> str:
-    """What a cache costs and gives beside the same text in the prompt."""
+    """What a cache costs and gives beside the same text in the prompt; times where a benchmark has them."""
     evaluation, benchmark = read_result(RESULTS, f"eval_{DEFAULT}"), read_result(RESULTS, "benchmark")
-    if evaluation is None or benchmark is None:
+    if evaluation is None:
         return "Not measured yet: `make evaluate-test bench`."
     runs = {run["method"]: run for run in scored_runs(evaluation) if run["task"] == QUALITY_TASK}
-    requests = benchmark["context_4096"]["requests"]
-    columns = {
+    methods = {
         "text in the prompt": ("lora-prompt / LoRA / prompt", "text in the prompt"),
         "context cache": (f"{DEFAULT} / cross / bfloat16", "hidden 16-bit, file warm"),
         "context cache, int8": (f"{DEFAULT} / cross / int8", "hidden int8, file warm"),
     }
-    figures = [(runs[method], requests[request]) for method, request in columns.values()]
-    lines = [f"| | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
+    columns = {title: names for title, names in methods.items() if names[0] in runs}
+    shown = [runs[method] for method, _ in columns.values()]
     rows = {
-        "bytes a token": [f"{run['cost']['cache_bytes_per_token']:,.0f}" for run, _ in figures],
-        f"F1, `{QUALITY_TASK}`": [f"{run['score']['value']:.3f}" for run, _ in figures],
-        "first token, 4,096 tokens of context": [
-            f"{1000 * row['first_token_seconds']['median']:,.0f} ms" for _, row in figures
-        ],
-        "a token after it": [f"{1000 * row['step_seconds']['median']:,.0f} ms" for _, row in figures],
+        "bytes a token": [f"{run['cost']['cache_bytes_per_token']:,.0f}" for run in shown],
+        f"F1, `{QUALITY_TASK}`": [f"{run['score']['value']:.3f}" for run in shown],
     }
+    if benchmark is not None:
+        requests = [benchmark["context_4096"]["requests"][request] for _, request in columns.values()]
+        for title, field in (("first token, 4,096 tokens of context", "first_token"), ("a token after it", "step")):
+            rows[title] = [f"{1000 * row[f'{field}_seconds']['median']:,.0f} ms" for row in requests]
+    lines = [f"| | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
     return "\n".join([*lines, *(f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items())])
 
 

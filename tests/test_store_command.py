@@ -19,8 +19,8 @@ from typer.testing import CliRunner
 
 from modeling_xcllama import XCLlamaForCausalLM
 from modeling_xcllama.checkpoints import load_checkpoint
-from xcllama.store import ContextStore
 from xcllama.commands.store import app
+from xcllama.store import ContextStore
 from xcllama.store.documents import ReadReport, find_files, read_documents
 
 
