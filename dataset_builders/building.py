@@ -4,10 +4,11 @@ DIR/README.md             the card; its header names the configurations
 DIR/build.json            the table
 DIR/SOURCE/SPLIT-00000.parquet
 DIR/mix/SPLIT-00000.parquet
+DIR/tasks/train-00000.parquet   an example of a task for each training row of the mix
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tqdm import tqdm
@@ -16,14 +17,15 @@ from dataset_builders.card import render_card
 from dataset_builders.files import file_records
 from dataset_builders.mix import HELD_OUT, Mix, choose_sources
 from dataset_builders.reading import read_source
-from dataset_builders.schema import Report, Row
+from dataset_builders.schema import Report, Row, validate_row
 from dataset_builders.settings import Settings
 from dataset_builders.sources import get_source, terms
 from dataset_builders.splits import SPLITS
+from dataset_builders.tasks import TASK_WEIGHTS, make_examples
 from dataset_builders.writing import TABLE, finished_folder, split_writers, write_text
 from xcllama.provenance import provenance
 
-MIX = "mix"
+MIX, TASKS = "mix", "tasks"
 MEASURED = ("dataset_builders",)
 
 
@@ -52,10 +54,16 @@ def build_mix_folder(
     commercial_only: bool = False,
     on_error: str = "limit",
     num_proc: int = 1,
+    task_weights: Mapping[str, float] = TASK_WEIGHTS,
 ) -> dict[str, Any]:
-    """Build every source and the mix, the default configuration, into the new folder `output`; return the build table.
+    """Build every source, the mix (the default configuration) and its tasks into the new folder `output`.
 
-    Arguments as for `build_mix` and `read_source`.
+    Args:
+        task_weights: task -> weight, as for `make_examples`; {}: no tasks.
+        names, paths, benchmarks, settings, commercial_only, on_error, num_proc: as for `build_mix` and `read_source`.
+
+    Returns:
+        The build table.
     """
     settings, paths = settings or Settings(), paths or {}
     names, benchmarks = choose_sources(names, benchmarks, commercial_only)
@@ -79,6 +87,8 @@ def build_mix_folder(
         report = mix.report()
         splits = {split: splits[split] for split in SPLITS if split in splits}
         configs[MIX] = {"splits": splits, "removal": report["mix"], "sources": names}
+        if task_weights and "train" in splits:
+            configs[TASKS] = _write_tasks(folder, splits, dict(task_weights), settings.seed)
         table = {"name": MIX, "default": MIX, "seed": settings.seed, "configs": configs}
         return finish(folder, table | {"contexts_found_in_training": report["contexts_found_in_training"]})
 
@@ -95,6 +105,14 @@ def _write_source(
     if not splits:
         raise ValueError(f"source {name!r} gave no row to write; dropped: {report.dropped}.")
     return report.as_dict() | {"path": path or "default", "splits": splits} | terms(name)
+
+
+def _write_tasks(folder: str, splits: dict[str, Any], weights: dict[str, float], seed: int) -> dict[str, Any]:
+    examples = make_examples(built_rows(f"{folder}/{MIX}", "train", splits), weights, seed)
+    with split_writers(f"{folder}/{TASKS}") as writers:
+        for row in _progress(examples, TASKS):
+            writers["train"].write(validate_row(row))
+    return {"splits": {"train": writers["train"].table()}, "weights": weights}
 
 
 def built_rows(folder: str, split: str, splits: dict[str, Any]) -> Iterator[Row]:

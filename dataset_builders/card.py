@@ -54,7 +54,7 @@ def card_data(table: dict[str, Any]) -> DatasetCardData:
 
 
 def source_configs(table: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The configurations that are sources (all but the mix)."""
+    """The configurations that are sources (all but the mix and its tasks)."""
     return {name: config for name, config in table["configs"].items() if "licence" in config}
 
 
@@ -72,7 +72,8 @@ def render_card(table: dict[str, Any], repo_id: str | None = None) -> str:
         table=table,
         title=f"XC-Llama {table['name']}",
         sources=sources,
-        mix=next(iter(mix.values()), None),
+        mix=mix.get("mix"),
+        tasks=mix.get("tasks"),
         location=repo_id or "DIR",
         restricted=[name for name, source in sources.items() if not source["commercial"]],
         provenance=table["provenance"],

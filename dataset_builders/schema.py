@@ -12,7 +12,7 @@ A row is one question of one source:
     answer           the reference answer; `NO_ANSWER` where the contexts hold none; "" for plain text
     answers          all accepted answers, `answer` first
     answerable       whether the contexts hold an answer
-    question_type    what the source calls this kind of question, "" where it does not say
+    question_type    what the source or the task calls this kind of question, "" where it does not say
 """
 
 import re

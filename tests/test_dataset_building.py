@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from dataset_builders import FEATURES, Report, Settings, make_row, read_source, validate_row
 from dataset_builders.building import build_mix_folder, build_source, built_rows
+from dataset_builders.tasks import TASK_WEIGHTS
 from dataset_builders.writing import SplitWriter, finished_folder, read_table
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -113,6 +114,7 @@ def test_an_interrupted_build_leaves_nothing_that_looks_finished(tmp_path):
 def test_a_killed_build_leaves_no_output(tmp_path):
     script = f"""
 import os, signal
+from dataset_builders.tasks import TASK_WEIGHTS
 from dataset_builders.writing import finished_folder
 with finished_folder({str(tmp_path / "out")!r}) as folder:
     open(folder + "/train-00000.parquet", "w").write("half")
@@ -190,12 +192,18 @@ def test_a_mix_folder_has_every_source_and_the_mix(tmp_path):
     table = build_mix_folder(str(tmp_path / "mix"), names, paths, benchmarks, settings)
     again = build_mix_folder(str(tmp_path / "again"), names, paths, benchmarks, settings, num_proc=2)
     assert table["configs"] == again["configs"]
-    assert list(table["configs"]) == ["squad_v2", "hotpotqa", "repliqa", "mix"]
+    assert list(table["configs"]) == ["squad_v2", "hotpotqa", "repliqa", "mix", "tasks"]
     assert table["configs"]["hotpotqa"]["kept"] == 2
     mixed = list(built_rows(f"{tmp_path}/mix/mix", "all", table["configs"]["mix"]["splits"]))
     assert sum(row["dataset"] == "hotpotqa" for row in mixed) == 2
     assert sum(counts["read"] for counts in table["configs"]["mix"]["removal"].values()) == 122
+    examples = list(built_rows(f"{tmp_path}/mix/tasks", "all", table["configs"]["tasks"]["splits"]))
+    train = built_rows(f"{tmp_path}/mix/mix", "train", table["configs"]["mix"]["splits"])
+    assert [row["sample_idx"] for row in examples] == [row["sample_idx"] for row in train]
+    assert {row["question_type"] for row in examples} <= TASK_WEIGHTS.keys()
+    assert table["configs"]["tasks"]["weights"] == TASK_WEIGHTS
     card = (tmp_path / "mix" / "README.md").read_text()
+    assert "question_answering 0.3, " in card
     assert "| repliqa | 1 | 0 | 0 |" in card
 
 

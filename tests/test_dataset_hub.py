@@ -87,7 +87,7 @@ card = DatasetCard.load(sys.argv[1])
 card.validate()
 data = card.data.to_dict()
 configs = {config["config_name"]: config.get("default", False) for config in data["configs"]}
-assert configs == {"squad_v2": False, "hotpotqa": False, "repliqa": False, "mix": True}, configs
+assert configs == {"squad_v2": False, "hotpotqa": False, "repliqa": False, "mix": True, "tasks": False}, configs
 assert {info["config_name"] for info in data["dataset_info"]} == set(configs)
 assert data["license"] == "other" and data["task_categories"] == ["question-answering"]
 assert "build.json" in HfApi().list_repo_files(sys.argv[1], repo_type="dataset")

@@ -6,20 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dataset_builders import NO_ANSWER, make_row
-from dataset_builders.distractors import DistractorPool, chunks, holds
-from dataset_builders.splits import normalize
-from dataset_builders.tasks import TASKS, make_examples
-from dataset_builders.text_tasks import (
-    BLANK,
-    cloze,
-    complete_sentence,
-    fill_in_the_middle,
-    repeat,
-    sentences,
-    usable_sentences,
-    window,
-)
+from dataset_builders import NO_ANSWER, make_row, validate_row
+from dataset_builders.splits import holds, normalize
+from dataset_builders.tasks import PASSAGE_TASKS, TASK_WEIGHTS, TASKS, DistractorPool, chunks, make_examples
 
 TOWNS = ["Arden", "Brome", "Cleve", "Dorne", "Ely", "Frome", "Goole", "Hythe"]
 
@@ -27,7 +16,7 @@ TOWNS = ["Arden", "Brome", "Cleve", "Dorne", "Ely", "Frome", "Goole", "Hythe"]
 def town_row(number: int, **changes):
     name, year = TOWNS[number], 1801 + number
     first = f"The bridge of {name} was finished in {year} by the engineer Otto Falk of Vienna. "
-    first += "It is made of old oak and iron from Norway."
+    first += "It is made of old oak and iron from Norway. It carries carts and people to this day."
     second = f"Many travellers came to {name} for the market, which was held every second Thursday of the month."
     values = {
         "dataset": "rows", "sample_idx": str(number), "question": "When was the bridge finished?",
@@ -51,146 +40,92 @@ def made(task, row=ROWS[0], seed=0, rows=ROWS, **options):
     return TASKS[task](row, random.Random(seed), pool_of(rows), **options)
 
 
-def test_every_task_gives_whole_examples():
-    for name in TASKS:
-        for example in made(name):
-            assert example["task"] == name
-            assert len(example["titles"]) == len(example["contexts"])
-            assert example["answers"][0] == example["answer"] != ""
-            assert example["question"]
-            assert all(example["contexts"])
-            assert all(0 <= index < len(example["contexts"]) for index in example["useful_contexts"])
-        assert made(name)
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_gives_a_row(task):
+    found = [made(task, seed=seed) for seed in range(5)]
+    for example in filter(None, found):
+        assert validate_row(example)["question_type"] == task
+        assert (example["dataset"], example["sample_idx"]) == ("rows", "0")
+    assert any(found)
 
 
 def test_question_answering_is_the_row():
-    (example,) = made("question_answering")
+    example = made("question_answering")
     row = ROWS[0]
-    assert (example["contexts"], example["question"]) == (row["contexts_list"], row["question"])
+    assert (example["contexts_list"], example["question"]) == (row["contexts_list"], row["question"])
     assert (example["answers"], example["history"]) == (row["answers"], row["history"])
 
 
 def test_question_in_context_puts_the_question_before_each_context():
-    (example,) = made("question_in_context")
-    assert example["contexts"] == [f"{ROWS[0]['question']}\n{text}" for text in ROWS[0]["contexts_list"]]
+    example = made("question_in_context")
+    assert example["contexts_list"] == [f"{ROWS[0]['question']}\n{text}" for text in ROWS[0]["contexts_list"]]
     assert example["question"] == ROWS[0]["question"]
 
 
 def test_chunks_are_short_hold_the_answer_and_come_with_distractors():
-    (example,) = made("chunked_contexts", max_words=9, num_distractors=3)
-    assert all(len(chunk.split()) <= 9 for chunk in example["contexts"])
-    useful = [example["contexts"][index] for index in example["useful_contexts"]]
+    example = made("chunked_contexts", max_words=9, num_distractors=3)
+    assert all(len(chunk.split()) <= 9 for chunk in example["contexts_list"])
+    useful = [example["contexts_list"][index] for index in example["useful_contexts"]]
     assert useful
     assert all("1801" in chunk for chunk in useful)
-    others = [title for title in example["titles"] if title not in ("Arden", "Arden market")]
+    others = [title for title in example["titles_list"] if title not in ("Arden", "Arden market")]
     assert len(others) == 3 == len(set(others))
-    own = [chunk for chunk, title in zip(example["contexts"], example["titles"], strict=True) if title not in others]
+    own = [
+        chunk
+        for chunk, title in zip(example["contexts_list"], example["titles_list"], strict=True)
+        if title not in others
+    ]
     assert sorted(" ".join(own).split()) == sorted(" ".join(ROWS[0]["contexts_list"]).split())
-    orders = {tuple(made("chunked_contexts", seed=seed)[0]["titles"]) for seed in range(6)}
+    orders = {tuple(made("chunked_contexts", seed=seed)["titles_list"]) for seed in range(6)}
     assert len(orders) > 1
 
 
 def test_chunks_without_a_literal_answer_are_useful_as_a_whole():
     row = town_row(0, answers=["yes"])
-    (example,) = made("chunked_contexts", row, max_words=9, num_distractors=0)
-    assert {example["titles"][index] for index in example["useful_contexts"]} == {"Arden"}
-    assert len(example["useful_contexts"]) == example["titles"].count("Arden") >= 3
+    example = made("chunked_contexts", row, max_words=9, num_distractors=0)
+    assert {example["titles_list"][index] for index in example["useful_contexts"]} == {"Arden"}
+    assert len(example["useful_contexts"]) == example["titles_list"].count("Arden") >= 3
 
 
 def test_no_answer_gives_other_documents_that_do_not_hold_it():
     for seed in range(10):
-        (example,) = made("no_answer", seed=seed)
+        example = made("no_answer", seed=seed)
         assert (example["answer"], example["answers"], example["useful_contexts"]) == (NO_ANSWER, [NO_ANSWER], [])
-        assert len(example["contexts"]) == 2
-        assert not set(example["titles"]) & {"Arden", "Arden market"}
-        assert not any("1801" in text for text in example["contexts"])
+        assert len(example["contexts_list"]) == 2
+        assert not set(example["titles_list"]) & {"Arden", "Arden market"}
+        assert not any("1801" in text for text in example["contexts_list"])
 
 
 def test_no_answer_needs_other_documents_and_an_answerable_question():
-    assert made("no_answer", rows=ROWS[:1]) == []
-    assert made("no_answer", town_row(0, answers=[], useful=[])) == []
+    assert made("no_answer", rows=ROWS[:1]) is None
+    assert made("no_answer", town_row(0, answers=[], useful=[])) is None
     # every other document holds the answer
-    assert made("no_answer", town_row(0, answers=["Vienna"])) == []
+    assert made("no_answer", town_row(0, answers=["Vienna"])) is None
 
 
-def test_context_repetition_gives_the_useful_contexts_back():
-    (example,) = made("context_repetition")
-    assert (example["contexts"], example["answer"]) == (ROWS[0]["contexts_list"][:1], ROWS[0]["contexts_list"][0])
-    (example,) = made("context_repetition", max_words=6)
-    assert len(example["answer"].split()) == 6
-    assert example["answer"] in example["contexts"][0]
-    assert example["question"].startswith("Repeat the 6 words")
+@pytest.mark.parametrize("task", PASSAGE_TASKS)
+def test_passage_tasks_ask_of_one_useful_context(task):
+    row = town_row(0, useful=[1, 0])
+    found = [example for seed in range(30) if (example := made(task, row, seed))]
+    assert {example["contexts_list"][0] for example in found} <= set(row["contexts_list"])
+    for example in found:
+        assert len(example["contexts_list"]) == 1
+        assert example["answer"] in example["contexts_list"][0]
+        assert (example["history"], example["useful_contexts"], example["answerable"]) == ([], [0], True)
 
 
-def test_label_free_tasks_work_on_plain_text_and_question_tasks_do_not():
+def test_passage_tasks_work_on_plain_text_and_question_tasks_do_not():
     row = {**ROWS[0], "question": "", "answer": "", "answers": [], "answerable": False, "useful_contexts": []}
-    for name in ("question_answering", "question_in_context", "chunked_contexts", "no_answer"):
-        assert made(name, row) == []
-    for name in ("context_repetition", "fill_in_the_middle", "cloze", "sentence_completion"):
-        assert made(name, row)
+    for task in TASKS.keys() - PASSAGE_TASKS.keys():
+        assert made(task, row) is None
+    for task in PASSAGE_TASKS:
+        assert any(made(task, row, seed) for seed in range(9))
 
 
 TEXT = st.lists(
     st.sampled_from("Anna met Otto. In 1923 seventy travellers left, slowly! Why? x\n y".split(" ")), min_size=1
 )
 text_strategy = TEXT.map(" ".join).filter(str.strip)
-
-
-@given(text_strategy, st.integers(0, 99), st.none() | st.integers(3, 12))
-def test_fill_in_the_middle_loses_nothing(text, seed, max_words):
-    orders = set()
-    for question, answer in fill_in_the_middle(text, random.Random(seed), max_words):
-        first, *quoted = question.split("\nBefore: " if "\nBefore: " in question else "\n", 1)
-        assert first.startswith("Fill in the missing middle")
-        before_first = question.index("Before: ") < question.index("After: ")
-        orders.add(before_first)
-        if before_first:
-            before, after = question.split("Before: ", 1)[1].split("\nAfter: ", 1)
-        else:
-            after, before = question.split("After: ", 1)[1].split("\nBefore: ", 1)
-        joined = f"{before} {answer} {after}".split()
-        part = window(text, random.Random(seed), max_words).split()
-        assert joined == part
-        assert answer.strip() == answer != ""
-
-
-def test_fill_in_the_middle_quotes_either_side_first():
-    text = ROWS[0]["contexts_list"][0]
-    starts = {fill_in_the_middle(text, random.Random(seed))[0][0].split("\n")[1].split(":")[0] for seed in range(12)}
-    assert starts == {"Before", "After"}
-    assert fill_in_the_middle("two words", random.Random(0)) == []
-
-
-@given(text_strategy, st.integers(0, 99))
-def test_cloze_answers_stand_where_the_blank_is(text, seed):
-    for question, answer in cloze(text, random.Random(seed), count=3):
-        sentence = question.removeprefix("Fill in the blank: ")
-        assert sentence.count(BLANK) == 1
-        assert sentence.replace(BLANK, answer) in usable_sentences(text)
-        assert not sentence.startswith(BLANK)
-
-
-def test_cloze_masks_names_numbers_and_content_words():
-    text = ROWS[0]["contexts_list"][0]
-    answers = {answer for seed in range(60) for _, answer in cloze(text, random.Random(seed))}
-    assert {"1801", "Otto Falk", "Vienna"} <= answers
-    assert {"bridge", "finished", "engineer"} & answers
-    assert not {"The", "of", "was"} & answers
-
-
-@given(text_strategy, st.integers(0, 99))
-def test_completed_sentences_are_sentences_of_the_text(text, seed):
-    for question, answer in complete_sentence(text, random.Random(seed)):
-        whole = question.removeprefix("Complete the sentence: ") + " " + answer
-        assert any(" ".join(sentence.split()).startswith(whole) for sentence in sentences(text))
-
-
-@given(text_strategy, st.integers(0, 99), st.none() | st.integers(1, 30))
-def test_repetition_asks_for_a_part_of_the_text(text, seed, max_words):
-    ((question, answer),) = repeat(text, random.Random(seed), max_words)
-    assert answer in text
-    assert max_words is None or len(answer.split()) <= max_words
-    assert question == "Repeat the text." or " ".join(answer.split()).startswith(question.split(": ", 1)[1])
 
 
 @given(text_strategy, st.integers(1, 12))
@@ -212,17 +147,22 @@ def test_examples_follow_the_weights_and_the_seed():
     assert first == list(make_examples(ROWS * 40, weights, seed=1))
     assert first != list(make_examples(ROWS * 40, weights, seed=2))
     rows = [town_row(n % 8, sample_idx=str(n)) for n in range(800)]
-    share = sum(example["task"] == "cloze" for example in make_examples(rows, weights)) / 800
+    share = sum(example["question_type"] == "cloze" for example in make_examples(rows, weights)) / 800
     assert 0.2 < share < 0.3
 
 
-def test_examples_fall_back_to_another_task_and_take_options():
+def test_examples_fall_back_to_another_task():
     plain = [{**ROWS[0], "question": "", "answer": "", "answers": [], "answerable": False}]
-    (example,) = make_examples(plain, {"question_answering": 100, "context_repetition": 1})
-    assert example["task"] == "context_repetition"
+    (example,) = make_examples(plain, {"question_answering": 100, "repetition": 1})
+    assert example["question_type"] == "repetition"
     assert list(make_examples(plain, {"question_answering": 1})) == []
-    found = list(make_examples(ROWS, {"cloze": 1}, options={"cloze": {"count": 2}}))
-    assert len(found) == 2 * len(ROWS)
+
+
+def test_the_weights_of_the_published_mix_are_shares_of_known_tasks():
+    assert TASK_WEIGHTS.keys() <= TASKS.keys()
+    assert sum(TASK_WEIGHTS.values()) == pytest.approx(1)
+    rows = [town_row(n % 8, sample_idx=str(n)) for n in range(400)]
+    assert {example["question_type"] for example in make_examples(rows, TASK_WEIGHTS)} == set(TASK_WEIGHTS)
 
 
 def test_the_first_rows_of_a_stream_have_distractors_too():
@@ -244,8 +184,6 @@ def test_the_pool_forgets_and_skips_the_own_document():
 def test_wrong_options_are_named():
     with pytest.raises(ValueError, match="must name tasks of .*got qa"):
         make_examples(ROWS, {"qa": 1})
-    with pytest.raises(ValueError, match="must name tasks of"):
-        make_examples(ROWS, {"cloze": 1}, options={"fim": {}})
     with pytest.raises(ValueError, match="`weights` must be at least 0, and one of them more"):
         make_examples(ROWS, {"cloze": 0})
     with pytest.raises(ValueError, match="`size` must be at least 2"):

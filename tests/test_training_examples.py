@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dataset_builders.tasks import PASSAGE_TASKS, cloze, completion, infilling, phrases, sentences
 from xcllama.training.answer_spans import answer_places
 from xcllama.training.examples import BUCKET_STEPS, ExamplePlan
-from xcllama.training.label_free import LABEL_FREE, cloze, completion, infilling, phrases, sentences
 from xcllama.training.passages import Passage, Question
 from xcllama.training.recipe import recipe_from_dict
 from xcllama.training.renaming import rename, with_renamed
@@ -43,9 +43,9 @@ def passages(count: int = 12) -> list[Passage]:
     return made
 
 
-@pytest.mark.parametrize("task", LABEL_FREE)
+@pytest.mark.parametrize("task", PASSAGE_TASKS)
 def test_answers_stand_in_the_passage(task):
-    found = [LABEL_FREE[task](PASSAGE, random.Random(seed)) for seed in range(60)]
+    found = [PASSAGE_TASKS[task](PASSAGE, random.Random(seed)) for seed in range(60)]
     assert sum(pair is not None for pair in found) > 50
     assert all(pair[1] in PASSAGE for pair in found if pair)
 
@@ -74,9 +74,9 @@ def test_infilling_does_not_show_the_answer():
         assert answer not in text
 
 
-@given(text=st.text(max_size=300), seed=st.integers(0, 1000), task=st.sampled_from(sorted(LABEL_FREE)))
+@given(text=st.text(max_size=300), seed=st.integers(0, 1000), task=st.sampled_from(sorted(PASSAGE_TASKS)))
 def test_any_text_gives_a_question_or_nothing(text, seed, task):
-    pair = LABEL_FREE[task](text, random.Random(seed))
+    pair = PASSAGE_TASKS[task](text, random.Random(seed))
     assert pair is None or (pair[0].strip() and pair[1].strip())
 
 

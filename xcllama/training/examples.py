@@ -3,7 +3,7 @@
 import random
 from dataclasses import dataclass, replace
 
-from xcllama.training.label_free import LABEL_FREE
+from dataset_builders.tasks import PASSAGE_TASKS
 from xcllama.training.passages import Passage, Question, Turn
 from xcllama.training.recipe import Recipe
 
@@ -112,7 +112,7 @@ class ExamplePlan:
         # a passage may have nothing to ask for in the sentence that was drawn; a few tries, then another task
         for name in (task, "cloze", "completion", "repetition"):
             for _ in range(3 * count):
-                pair = LABEL_FREE[name](self.passages[index].text, generator)
+                pair = PASSAGE_TASKS[name](self.passages[index].text, generator)
                 if pair is not None:
                     found.setdefault(pair[0], Question(*pair, source=name))
                 if len(found) == count:

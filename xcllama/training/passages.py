@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dataset_builders import SOURCES, build_mix, validate_row
-from xcllama.training.label_free import sentences
+from dataset_builders.tasks import sentences
 from xcllama.training.recipe import DataSection
 
 Turn = tuple[str, str]

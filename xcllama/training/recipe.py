@@ -11,9 +11,11 @@ from typing import Any
 
 import yaml
 
+from dataset_builders.tasks import PASSAGE_TASKS
+
 RECIPES = Path(__file__).parent / "recipes"
 METHODS = ("cross_attention", "lora_prompt", "lora_closed_book")
-TASKS = ("answer", "question", "cloze", "phrase_question", "phrase_cloze", "completion", "infilling", "repetition")
+TASKS = ("answer", *PASSAGE_TASKS)
 SCHEDULES = ("linear", "cosine", "constant")
 PRECISIONS = ("fp32", "bf16")
 # fields of `optimization` that recipes got later: where they are not used, a run keeps the digest that it had
