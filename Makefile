@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-slow test-browser space bench bench-quick lint style models fuzz kernels-inspect train-small train-smoke evaluate-small evaluate-layouts evaluate-offline ablations publish-dry-run clean
+.PHONY: demo test test-slow test-browser space bench bench-quick lint style models fuzz kernels-inspect train-small train-smoke evaluate-dev evaluate-test ablations publish-dry-run clean
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -65,43 +65,35 @@ train-small: models
 			xc-smollm2-135m-block-short xc-smollm2-135m-block-joined xc-smollm2-135m-block \
 			xc-smollm2-135m-condensed-short xc-smollm2-135m-condensed-joined xc-smollm2-135m-condensed \
 			xc-enc-minilm-short xc-enc-minilm-repeated xc-enc-minilm-drawn xc-enc-minilm; do \
-		train="env OMP_NUM_THREADS=1 $(BIN)/python scripts/train.py --recipe xcllama/training/recipes/$$name.yaml"; \
+		train="env OMP_NUM_THREADS=1 $(BIN)/xcllama train $$name"; \
 		resume=; if [ -e runs/$$name/recipe.json ]; then resume=--resume; fi; \
 		$$train $$resume || exit 1; \
 		case $$name in *-short|*-joined|*-joint|*-repeated|*-drawn) continue;; esac; \
 		$$train --no-training --export checkpoints/$$name --results results || exit 1; \
 	done
 
-# hours on one core; what was evaluated before is not evaluated again
-evaluate-small: models
-	$(BIN)/python scripts/compare_methods.py --device cpu --batch_size 8 --limit 100 --output runs/eval --results results \
-		--checkpoint checkpoints/xc-smollm2-135m checkpoints/xc-smollm2-135m-condensed checkpoints/xc-enc-minilm \
-		--lora-prompt checkpoints/lora-prompt --lora-closed-book checkpoints/lora-closed-book \
-		--methods none prompt lora_closed_book lora_prompt cross cross_shuffled cross_int8 cross_int4 \
-		--tasks xc_squad_sample xc_coqa xc_drop xc_boolq xc_biomedical --control-tasks xc_squad_sample
+# choices, and what the checkpoints decline below, look at dev alone; test runs once a release. What was answered before is not again
+COMPARE = OMP_NUM_THREADS=1 $(BIN)/xcllama eval compare --checkpoint checkpoints/xc-smollm2-135m \
+	--checkpoint checkpoints/xc-smollm2-135m-condensed --checkpoint checkpoints/xc-enc-minilm \
+	--lora-prompt checkpoints/lora-prompt --lora-closed-book checkpoints/lora-closed-book
 
-# the two layouts on three times the questions, a quarter of an hour on one core
-evaluate-layouts: models
-	$(BIN)/python scripts/compare_methods.py --device cpu --batch_size 8 --limit 300 --output runs/eval_layouts --results results/layouts \
-		--checkpoint checkpoints/xc-smollm2-135m checkpoints/xc-smollm2-135m-condensed --methods none cross --tasks xc_squad_sample
+evaluate-dev: models
+	$(COMPARE) --split dev --store-threshold --results runs/compare
+
+evaluate-test: models
+	$(COMPARE) --split test --results results
 
 # an hour and a half on one core; what was trained and evaluated before is not again
 ablations: models
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/run_ablations.py
 
-# every mode of the evaluation on 20 questions a task; whole papers in the prompt take most of its half hour
-evaluate-offline: models
-	$(BIN)/python scripts/compare_methods.py --device cpu --limit 20 --output runs/eval_offline \
-		--checkpoint checkpoints/xc-smollm2-135m --tasks xc_offline
-	$(BIN)/python scripts/tabulate_results.py runs/eval_offline --results results/eval_offline_limit20.json
-
 train-smoke: models
 	rm -rf runs/smoke
-	OMP_NUM_THREADS=1 $(BIN)/python scripts/train.py --recipe xcllama/training/recipes/smoke.yaml --export runs/smoke/export
+	OMP_NUM_THREADS=1 $(BIN)/xcllama train smoke --export runs/smoke/export
 
 # everything but the upload; with a token (HF_TOKEN) compared with what is on the Hub
 publish-dry-run: models
-	$(BIN)/python scripts/push_to_hub.py all --namespace xcllama --dry-run
+	$(BIN)/xcllama publish all --namespace xcllama --dry-run
 
 clean:
 	rm -rf .venv build dist *.egg-info

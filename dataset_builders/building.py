@@ -15,15 +15,16 @@ from tqdm import tqdm
 from dataset_builders.card import render_card
 from dataset_builders.files import file_records
 from dataset_builders.mix import HELD_OUT, Mix, choose_sources
-from dataset_builders.provenance import provenance
 from dataset_builders.reading import read_source
 from dataset_builders.schema import Report, Row
 from dataset_builders.settings import Settings
 from dataset_builders.sources import get_source, terms
 from dataset_builders.splits import SPLITS
 from dataset_builders.writing import TABLE, finished_folder, split_writers, write_text
+from xcllama.provenance import provenance
 
 MIX = "mix"
+MEASURED = ("dataset_builders",)
 
 
 def build_source(
@@ -111,7 +112,7 @@ def _progress(rows: Iterator[Row], name: str) -> Iterator[Row]:
 
 def finish(folder: str, table: dict[str, Any]) -> dict[str, Any]:
     """Write the card and then the table, which makes the folder a finished one."""
-    table = table | {"provenance": provenance()}
+    table = table | {"provenance": provenance(MEASURED)}
     write_text(f"{folder}/README.md", render_card(table))
     write_text(f"{folder}/{TABLE}", json.dumps(table, indent=2, ensure_ascii=False) + "\n")
     return table

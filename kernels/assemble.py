@@ -65,7 +65,7 @@ def fill_card(template: str, repo_id: str, results: Path | None) -> str:
     section, _, after = rest.partition("<!-- /results -->\n")
     if results is None:
         return before + after
-    run = json.loads(results.read_text())
+    run = json.loads(results.read_text())["provenance"]
     slots = {"table": inspection_table(results)} | {name: run[name] for name in ("command", "commit", "date")}
     for name, value in slots.items():
         section = section.replace("{{" + name + "}}", value)

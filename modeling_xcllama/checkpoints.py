@@ -10,6 +10,9 @@ from .configuration_xcllama import XCLlamaConfig
 from .modeling_xcllama import XCLlamaForCausalLM
 from .processing_xcllama import XCLlamaProcessor
 
+# what else of a saved config the model is built with
+KEPT_FIELDS = ("context_layer", "context_prefix", "context_max_length", "answer_threshold")
+
 
 def find_model(name_or_path: str) -> str:
     """A folder for a Hub id where one was fetched (`make models`), else the id as it is."""
@@ -55,7 +58,7 @@ def load_checkpoint(
     fields = [
         field
         for field in XCLlamaConfig.__dataclass_fields__
-        if field.startswith("cross_attention_") or field in ("context_layer", "context_prefix", "context_max_length")
+        if field.startswith("cross_attention_") or field in KEPT_FIELDS
     ]
     overrides = {field: saved[field] for field in fields if field in saved}
     overrides |= {"base_model_name_or_path": saved.get("base_model_name_or_path")}

@@ -49,6 +49,8 @@ class XCLlamaConfig(LlamaConfig):
         context_prefix: token ids that stand before every context when the decoder encodes it, and with which every
             prompt starts (the head of a chat template): they draw idle attention. Not cached; None: none.
         context_max_length: most tokens of one context.
+        answer_threshold: answers with a lower score (geometric mean of their tokens' probabilities) are declined by
+            the pipeline and what else answers users; None: none is.
         context_fingerprint: of the saved weights, for readers of the file: the model computes its own.
         template_version: version of the processor's context template.
         sliding_window: window of the decoder's self-attention (Mistral), None: full.
@@ -84,6 +86,7 @@ class XCLlamaConfig(LlamaConfig):
     context_layer: int | list[int] | None = None
     context_prefix: list[int] | None = None
     context_max_length: int = 131072
+    answer_threshold: int | float | None = None
     context_fingerprint: str | None = None
     template_version: str = "1"
     sliding_window: int | None = None
@@ -219,6 +222,8 @@ class XCLlamaConfig(LlamaConfig):
             raise ValueError(f"`cross_attention_intermediate_size` must be positive or None (no MLP), got {size}.")
         if not 0 <= self.cross_attention_dropout < 1:
             raise ValueError(f"`cross_attention_dropout` must be in [0, 1), got {self.cross_attention_dropout}.")
+        if self.answer_threshold is not None and not 0 <= self.answer_threshold <= 1:
+            raise ValueError(f"`answer_threshold` must be in [0, 1] or None, got {self.answer_threshold}.")
         if self.context_max_length < 1:
             raise ValueError(f"`context_max_length` must be positive, got {self.context_max_length}.")
         if self.sliding_window is not None and self.sliding_window < 1:

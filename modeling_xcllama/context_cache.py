@@ -305,9 +305,9 @@ class ProjectedContext:
         rows: which tokens each row reads (`ContextRows`).
         cache: the cache they came from.
         projections: the model's modules that made them; another model refuses them.
+        implementation: the backend that reads them, decided when they were projected.
         weights: sample of their weights at that time; a model that was trained since refuses. None: not compared.
         assistant: what assisted decoding drafts from: the draft model's own context, a `ContextLookup`, or None.
-        longest: tokens of the longest document of each context of `rows`: a row's own tokens come after it.
     """
 
     keys: tuple
@@ -315,9 +315,9 @@ class ProjectedContext:
     rows: object
     cache: ContextCache
     projections: object
+    implementation: str
     weights: bytes | None = None
     assistant: object = None
-    longest: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         """Number of rows."""

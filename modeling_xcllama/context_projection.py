@@ -21,14 +21,12 @@ class ReadingPlan:
         repeat: indices into them in the order in which the rows read, None: as they are.
         rows: offsets and row indices of the result.
         positions: of each of `tokens` in its own document, int32.
-        longest: tokens of the longest document of each context of `rows`.
     """
 
     tokens: "slice | Tensor"
     repeat: Tensor | None
     rows: ContextRows
     positions: Tensor
-    longest: tuple[int, ...]
 
     @classmethod
     def of(cls, offsets: tuple[int, ...], rows: Iterable[tuple[int, ...]]) -> "ReadingPlan":
@@ -44,10 +42,10 @@ class ReadingPlan:
             repeat = torch.cat([torch.arange(starts[d], starts[d] + sizes[d]) for d in flat])
         spans = tuple(accumulate((sum(sizes[document] for document in row) for row in distinct), initial=0))
         index = {row: position for position, row in enumerate(distinct)}
-        context_rows = ContextRows(spans, tuple(index[row] for row in rows))
-        positions = torch.cat([torch.arange(size, dtype=torch.int32) for size in (0, *sizes.values())])
         longest = tuple(max((sizes[document] for document in row), default=0) for row in distinct)
-        return cls(document_tokens(offsets, unique), repeat, context_rows, positions, longest)
+        context_rows = ContextRows(spans, tuple(index[row] for row in rows), longest)
+        positions = torch.cat([torch.arange(size, dtype=torch.int32) for size in (0, *sizes.values())])
+        return cls(document_tokens(offsets, unique), repeat, context_rows, positions)
 
     def drop_tokens(self, probability: float, device: torch.device) -> "ReadingPlan":
         """Leave out whole context tokens at random (training); a context keeps its first token at least."""

@@ -7,9 +7,10 @@ and values may be `QuantizedTensor`s: they are then dequantized block by block i
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,10 +27,21 @@ BLOCK_TOKENS = 2048
 PRODUCT_QUERIES = 256
 
 
-@lru_cache(maxsize=256)
-def _int32(values: tuple[int, ...], device: torch.device) -> Tensor:
-    # kernels check the ranges of a tensor once: layers and steps must share it
-    return torch.tensor(values, dtype=torch.int32, device=device)
+class RowTensors(NamedTuple):
+    """`ContextRows` on a device.
+
+    Args:
+        offsets, context_index: int32, what a kernel takes.
+        order: int32 `[batch]`, see `ContextRows.order`.
+        reads: bool `[batch]`, the rows that have a context; None: all.
+        longest: int32 `[batch]`, tokens of the longest document of each row's context.
+    """
+
+    offsets: Tensor
+    context_index: Tensor
+    order: "Tensor | None"
+    reads: "Tensor | None"
+    longest: Tensor
 
 
 @dataclass(frozen=True)
@@ -39,10 +51,14 @@ class ContextRows:
     Args:
         offsets: first token of each context and the end of the last, `num_contexts + 1` values.
         context_index: the context of each row.
+        longest: tokens of the longest document of each context, None: contexts are single documents. A row's own
+            tokens come after it (joint reading).
     """
 
     offsets: tuple[int, ...]
     context_index: tuple[int, ...]
+    longest: tuple[int, ...] | None = None
+    _placed: dict = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.context_index)
@@ -81,9 +97,23 @@ class ContextRows:
         # a row without a context stands behind them
         return tuple(position.get(row, len(served)) for row in range(len(self)))
 
-    def tensors(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """`offsets` and `context_index` as int32 tensors on `device`, the same objects at every call."""
-        return _int32(self.offsets, device), _int32(self.context_index, device)
+    def tensors(self, device: torch.device) -> RowTensors:
+        """The rows on `device`, the same objects at every call: kernels check each tensor once, and compiled steps
+        take them as inputs."""
+        if device not in self._placed:
+
+            def place(values: Iterable[int], dtype: torch.dtype = torch.int32) -> Tensor:
+                return torch.tensor(tuple(values), dtype=dtype, device=device)
+
+            longest = self.lengths if self.longest is None else [self.longest[i] for i in self.context_index]
+            self._placed[device] = RowTensors(
+                place(self.offsets),
+                place(self.context_index),
+                None if self.order is None else place(self.order),
+                place((length > 0 for length in self.lengths), torch.bool) if self.some_empty else None,
+                place(longest),
+            )
+        return self._placed[device]
 
 
 def _fold(query: Tensor, num_key_value_heads: int) -> Tensor:
@@ -184,7 +214,8 @@ def _over_groups(attend: Callable, query: Tensor, key, value, rows: ContextRows,
         pieces.append((torch.zeros_like(query[:1]), nothing))
     # where no context is read at all, there is the log of no normalizer to leave out
     outputs = tuple(torch.cat(part) for part in zip(*pieces, strict=False))
-    return outputs if rows.order is None else tuple(part[_int32(rows.order, query.device)] for part in outputs)
+    order = rows.tensors(query.device).order
+    return outputs if order is None else tuple(part[order] for part in outputs)
 
 
 def eager_cross_attention(query: Tensor, key, value, rows: ContextRows, scale: float) -> Tensor:
@@ -217,7 +248,7 @@ def cross_attention_with_lse(
 
 
 def _by_kernels(function: str, query: Tensor, key, value, rows: ContextRows, scale: float):
-    offsets, context_index = rows.tensors(query.device)
+    offsets, context_index, *_ = rows.tensors(query.device)
     scales = {}
     if not isinstance(key, Tensor):
         if not read_by_kernels(key):

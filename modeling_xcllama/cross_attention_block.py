@@ -127,8 +127,8 @@ class CrossAttentionBlock(GradientCheckpointingLayer):
         output = hidden_states + self._gated(self.o_proj(attended), self.gate)
         if self.mlp is not None:
             output = output + self._gated(self.mlp(self.mlp_norm(output)), self.mlp_gate)
-        if rows.some_empty:
-            reads = torch.tensor([length > 0 for length in rows.lengths], device=output.device)
+        reads = rows.tensors(output.device).reads
+        if reads is not None:
             output = torch.where(reads[:, None, None], output, hidden_states)
         weights = cross_attention_weights(query, key, rows, scale) if output_attentions else None
         return output, weights

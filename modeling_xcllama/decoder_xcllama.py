@@ -146,14 +146,11 @@ class XCLlamaModel(ContextChecksMixin, XCLlamaPreTrainedModel, LlamaModel):
         if sliding is not None:
             kwargs["sliding_window"] = sliding
         output_weights = bool(kwargs.get("output_attentions", self.config.output_attentions))
-        implementation = readings = cross_positions = None
-        if context is not None:
-            chosen = self.config.cross_attn_implementation
-            implementation = resolve_implementation(chosen, hidden_states.device, context.keys[0])
-            if self.cross_rotary_emb is not None:
-                cross_positions = self.cross_rotary_emb(hidden_states, position_ids=position_ids)
+        readings = cross_positions = None
+        if context is not None and self.cross_rotary_emb is not None:
+            cross_positions = self.cross_rotary_emb(hidden_states, position_ids=position_ids)
         if joint:
-            readings = self._readings(context, position_ids, len(hidden_states), implementation, output_weights)
+            readings = self._readings(context, position_ids, len(hidden_states), output_weights)
             position_ids = self._after_documents(context, position_ids)
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
         kept = []
@@ -178,40 +175,39 @@ class XCLlamaModel(ContextChecksMixin, XCLlamaPreTrainedModel, LlamaModel):
                     context.keys[block % len(context.keys)],
                     context.values[block % len(context.values)],
                     context.rows,
-                    implementation,
+                    context.implementation,
                     cross_positions,
                     output_weights,
                 )
         return [*kept, hidden_states]
 
     def _readings(
-        self, context: ProjectedContext, position_ids: Tensor, batch: int, implementation: str, output_weights: bool
+        self, context: ProjectedContext, position_ids: Tensor, batch: int, output_weights: bool
     ) -> list[JointReading]:
         """What each layer reads; tokens of `context_prefix` come before the context and do not see it."""
         reads = (position_ids >= len(self.config.context_prefix or ())).expand(batch, -1)
-        rows_read = None
-        if context.rows.some_empty:
-            rows_read = torch.tensor([length > 0 for length in context.rows.lengths], device=reads.device)[
-                :, None, None
-            ]
+        rows_read = context.rows.tensors(reads.device).reads
+        if rows_read is not None:
+            rows_read = rows_read[:, None, None]
             reads = reads & rows_read[:, 0]
         readings = []
         for index in range(self.config.num_hidden_layers):
             key = value = None
-            if index in self.block_after and any(context.rows.lengths):
+            if index in self.block_after and context.rows.offsets[-1]:
                 place = self.block_after[index] % len(context.keys)
                 # None where a layer is kept from reading, to see what it brings
                 key, value = context.keys[place], context.values[place]
             adapter = self.context_adapters[index] if len(self.context_adapters) else None
             readings.append(
-                JointReading(key, value, context.rows, reads, rows_read, adapter, implementation, output_weights)
+                JointReading(
+                    key, value, context.rows, reads, rows_read, adapter, context.implementation, output_weights
+                )
             )
         return readings
 
     def _after_documents(self, context: ProjectedContext, position_ids: Tensor) -> Tensor:
         """Positions of a row's own tokens: those of `context_prefix` stay, the others follow its longest document."""
-        lengths = [context.longest[index] for index in context.rows.context_index]
-        shift = torch.tensor(lengths, device=position_ids.device)[:, None]
+        shift = context.rows.tensors(position_ids.device).longest[:, None]
         return position_ids + shift * (position_ids >= len(self.config.context_prefix or ()))
 
     @merge_with_config_defaults
@@ -437,5 +433,8 @@ class XCLlamaModel(ContextChecksMixin, XCLlamaPreTrainedModel, LlamaModel):
                 key, value = lay_out(key), lay_out(value)
             keys.append(key)
             values.append(value)
-        made_with = self.context_projections, self.projections_sample()
-        return ProjectedContext(tuple(keys), tuple(values), plan.rows, cache, *made_with, longest=plan.longest)
+        # decided here, not in `forward`: steps are compiled
+        implementation = resolve_implementation(self.config.cross_attn_implementation, device, keys[0])
+        plan.rows.tensors(device)
+        made_with = self.context_projections, implementation, self.projections_sample()
+        return ProjectedContext(tuple(keys), tuple(values), plan.rows, cache, *made_with)

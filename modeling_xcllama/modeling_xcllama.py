@@ -262,8 +262,9 @@ class XCLlamaForCausalLM(ContextGenerationMixin, XCLlamaPreTrainedModel, LlamaFo
             ValueError: other cross-attention fields, or other names or shapes of weights.
         """
         folder = Path(path)
-        saved = json.loads((folder / "config.json").read_text())
-        ours = json.loads(self.config.to_json_string(use_diff=False))
+        # what an older config does not name has its default
+        configs = XCLlamaConfig.from_pretrained(folder), self.config
+        saved, ours = (json.loads(config.to_json_string(use_diff=False)) for config in configs)
         for field in ours:
             if field.startswith("cross_attention_") or field in (
                 "context_layer",

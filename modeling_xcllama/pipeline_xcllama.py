@@ -2,10 +2,9 @@
 
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor
 from transformers import GenerationConfig, Pipeline
 
+from .answer_scores import NOT_FOUND, answer_score, is_found, token_scores
 from .context_cache import ContextCache, ProjectedContext
 from .evidence import find_evidence
 
@@ -40,7 +39,8 @@ class ContextQuestionAnsweringPipeline(Pipeline):
 
         Returns:
             "answers": for each question a dict of "answer", "score" (geometric mean of the probabilities of its
-            tokens) and, if asked for, "evidence"; "cache": row i is what question i read, to be passed back in.
+            tokens), "found" (False: the score is below the config's `answer_threshold`, and "answer" says so) and, if
+            asked for, "evidence"; "cache": row i is what question i read, to be passed back in.
 
         Raises:
             ValueError: not exactly one of `contexts` and `context_cache`, no text in `contexts`, counts that differ,
@@ -98,16 +98,12 @@ class ContextQuestionAnsweringPipeline(Pipeline):
             generate_kwargs or {}, return_dict_in_generate=True, output_scores=True
         )
         outputs = self.model.generate(**prompts, context_cache=projected, **options)
-        scores = self.model.compute_transition_scores(
-            outputs.sequences, outputs.scores, getattr(outputs, "beam_indices", None), normalize_logits=True
-        )
         return {
             "sequences": outputs.sequences,
-            "scores": scores,
+            "scores": token_scores(self.model, outputs, options.get("eos_token_id")),
             "prompt_length": prompt_length,
             "attention_mask": prompts["attention_mask"],
             "projected": projected,
-            "end_tokens": options.get("eos_token_id", self.model.generation_config.eos_token_id),
             "inputs": model_inputs,
         }
 
@@ -117,11 +113,12 @@ class ContextQuestionAnsweringPipeline(Pipeline):
         projected = model_outputs["projected"]
         if sequences.shape[0] != len(projected):
             raise ValueError("one answer a question: leave `num_return_sequences` at 1.")
-        written = answer_lengths(sequences[:, start:], model_outputs["end_tokens"])
         answers = []
-        for tokens, scores, length in zip(sequences[:, start:], model_outputs["scores"], written, strict=True):
-            answer = self.processor.decode(tokens[:length], skip_special_tokens=True).strip()
-            answers.append({"answer": answer, "score": float(scores[:length].mean().exp())})
+        for tokens, scores in zip(sequences[:, start:], model_outputs["scores"], strict=True):
+            answer = self.processor.decode(tokens[: len(scores)], skip_special_tokens=True).strip()
+            score = answer_score(scores)
+            found = is_found(score, self.model.config.answer_threshold)
+            answers.append({"answer": answer if found else NOT_FOUND, "score": score, "found": found})
         if num_evidence:
             self._add_evidence(answers, model_outputs, num_evidence)
         return {"answers": answers, "cache": projected.cache}
@@ -141,10 +138,3 @@ class ContextQuestionAnsweringPipeline(Pipeline):
             texts = [inputs["texts"][text] for text in group]
             spans = find_evidence(row, [mappings[text] for text in group], texts, num_spans=num_evidence)
             answer["evidence"] = [vars(span) for span in spans]
-
-
-def answer_lengths(answers: Tensor, end_tokens: int | Sequence[int] | None) -> list[int]:
-    """Tokens of each answer up to its first end token, that one included."""
-    ends = [end_tokens] if isinstance(end_tokens, int) else list(end_tokens or [])
-    is_end = torch.isin(answers, torch.tensor(ends, dtype=answers.dtype)).long()
-    return (is_end.cumsum(1) - is_end == 0).sum(1).tolist()

@@ -25,7 +25,9 @@ from benchmark_requests import Requests
 from benchmark_setup import SEED, Models, measure_limits
 from load_model import ROOT
 
-from dataset_builders.provenance import write_result
+from xcllama.provenance import require_clean, write_result
+
+MEASURED = ("modeling_xcllama", *(f"scripts/{path.name}" for path in Path(__file__).parent.glob("benchmark*.py")))
 
 
 def parts(models: Models, arguments: argparse.Namespace) -> dict[str, Callable[[], dict]]:
@@ -82,6 +84,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", metavar="PART", help="these parts alone, as context_4096 or encoding")
     parser.add_argument("--folder", type=Path, help="where cache files are written: the disk that is measured")
     arguments = parser.parse_args()
+    require_clean(arguments.results)
     arguments.plots.mkdir(parents=True, exist_ok=True)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     torch.manual_seed(SEED)
@@ -93,7 +96,7 @@ def main() -> int:
             results[measured]["requests"] |= figures["requests"]
         else:
             results[name] = figures
-        write_result(arguments.results, results | {"ratios": ratios(results)}, seed=SEED)
+        write_result(arguments.results, results | {"ratios": ratios(results)}, MEASURED, seed=SEED)
         print(f"{time.perf_counter() - begin:6.0f} s  {name}", flush=True)
 
     models = Models()

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from dataset_builders.generated_input import FILES, generate
-from dataset_builders.provenance import provenance
+from xcllama.provenance import require_clean, write_result
 
+MEASURED = ("dataset_builders", "scripts/benchmark_dataset.py")
 CHILD = """
 import json, sys, time
 from dataset_builders.building import build_source
@@ -53,8 +54,8 @@ def main() -> int:
     parser.add_argument("--sources", nargs="+", choices=list(FILES), default=list(FILES))
     parser.add_argument("--scales", nargs="+", type=int, default=[1, 10, 100])
     options = parser.parse_args()
-    # before the runs: the commit that they measure
-    origin, runs = provenance(), []
+    require_clean(options.output)
+    runs = []
     for name in options.sources:
         for scale in options.scales:
             runs.append(measure(name, scale))
@@ -67,11 +68,8 @@ def main() -> int:
         "memory_ratio": {"scales": [last, first], "by_source": ratios},
         "load_average": os.getloadavg(),
         "runs": runs,
-        "provenance": origin,
     }
-    partial = Path(f"{options.output}.partial")
-    partial.write_text(json.dumps(result, indent=2) + "\n")
-    partial.replace(options.output)
+    write_result(options.output, result, MEASURED)
     print(f"peak memory at {last} x over {first} x: {ratios}")
     return 0
 

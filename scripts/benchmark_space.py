@@ -22,9 +22,10 @@ from statistics import median
 
 from gradio_client import Client
 
-from dataset_builders.provenance import write_result
+from xcllama.provenance import require_clean, write_result
 from xcllama.publishing.running_space import served
 
+MEASURED = ("modeling_xcllama", "space", "scripts/benchmark_space.py")
 ROOT = Path(__file__).resolve().parent.parent
 SEED = 0
 PATIENCE = 300
@@ -197,6 +198,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--model", help="as in run_space.py; default: the repository's checkpoint")
     arguments = parser.parse_args()
+    require_clean(arguments.json)
     command = [sys.executable, str(ROOT / "scripts" / "run_space.py")]
     command += [] if arguments.model is None else ["--model", arguments.model]
     with (
@@ -209,7 +211,7 @@ def main() -> int:
         figures |= measure(url, memory, arguments.visitors, arguments.seconds)
     print(figures)
     if arguments.json:
-        write_result(arguments.json, figures, seed=SEED)
+        write_result(arguments.json, figures, MEASURED, seed=SEED)
     return 1 if figures["errors"] or figures["unfinished_visitors"] or figures["texts_of_others_seen"] else 0
 
 

@@ -25,11 +25,12 @@ import numpy
 import torch
 from load_model import load_model
 
-from dataset_builders.provenance import write_result
 from modeling_xcllama.context_cache import ContextCache
+from xcllama.provenance import require_clean, write_result
 from xcllama.store import ContextStore
 
 WIDTH, SEED = 576, 0
+MEASURED = ("xcllama/store", "scripts/benchmark_store.py")
 WORDS = [f"word{number}" for number in range(20_000)]
 
 
@@ -277,6 +278,7 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, help="on the disk to measure; default: a temporary folder")
     parser.add_argument("--only", nargs="+", help="names of measurements; default: all")
     arguments = parser.parse_args()
+    require_clean(arguments.json)
     torch.manual_seed(SEED)
     torch.set_num_threads(1)
     scale = 10 if arguments.quick else 1
@@ -297,7 +299,7 @@ def main() -> int:
             print(name, figures[name], flush=True)
             figures["peak_memory_bytes"] = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             if arguments.json:
-                write_result(arguments.json, figures, seed=SEED)
+                write_result(arguments.json, figures, MEASURED, seed=SEED)
     return 0
 
 

@@ -5,17 +5,16 @@ python scripts/build_dataset.py --source mix --output runs/mix --num-proc 2     
 python scripts/build_dataset.py --source mix --mix-of hotpotqa squad_v2 --path hotpotqa=hotpot_train_v1.1.json
     --path squad_v2=train-v2.0.json --benchmarks repliqa --path repliqa=repliqa_0.parquet --output runs/mix
 
-`python scripts/push_to_hub.py dataset --build runs/mix --repo-id ORG/NAME` publishes it.
+`xcllama publish dataset --build runs/mix --repo-id ORG/NAME` publishes it.
 """
 
 import argparse
-import json
-import os
 import sys
 
 from dataset_builders import SOURCES, Settings
-from dataset_builders.building import MIX, build_mix_folder, build_source
+from dataset_builders.building import MEASURED, MIX, build_mix_folder, build_source
 from dataset_builders.natural_questions import read_nq_open
+from xcllama.provenance import require_clean, write_result
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -82,16 +81,14 @@ def show(table: dict) -> None:
 def main() -> int:
     options = parse_arguments()
     try:
+        require_clean(options.table)
         table = build(options)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     show(table)
     if options.table:
-        with open(f"{options.table}.partial", "w") as stream:
-            json.dump(table, stream, indent=2, ensure_ascii=False)
-            stream.write("\n")
-        os.replace(f"{options.table}.partial", options.table)
+        write_result(options.table, table, MEASURED)
     return 0
 
 

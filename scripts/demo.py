@@ -16,13 +16,14 @@ from statistics import median
 import torch
 from load_model import load_model
 
-from dataset_builders.provenance import write_result
 from xcllama.evaluation.metrics import normalize_answer
+from xcllama.provenance import require_clean, write_result
 from xcllama.store import ContextStore
 from xcllama.store.answering import FirstToken, ask
 
 ROOT = Path(__file__).resolve().parent.parent
 MAX_NEW_TOKENS = 24
+MEASURED = ("modeling_xcllama", "xcllama/store", "scripts/demo.py")
 
 
 def read_documents(folder: Path) -> list[dict]:
@@ -134,6 +135,7 @@ def main() -> int:
         # the second process: read the store, report on stdout
         print(json.dumps(answer(arguments)))
         return 0
+    require_clean(arguments.json)
     with tempfile.TemporaryDirectory() as folder:
         arguments.store = Path(folder)
         rows = encode(arguments)
@@ -144,7 +146,7 @@ def main() -> int:
         rows = [row | read for row, read in zip(rows, json.loads(output.splitlines()[-1]), strict=True)]
     print_table(rows)
     if arguments.json:
-        write_result(arguments.json, {"documents": rows}, seed=0)
+        write_result(arguments.json, {"documents": rows}, MEASURED, seed=0)
     return 0
 
 

@@ -8,9 +8,11 @@ from pathlib import Path
 
 from transformers import AutoModelForCausalLM
 
-from dataset_builders.provenance import write_result
 from modeling_xcllama.checkpoints import find_model
+from xcllama.provenance import write_result
 from xcllama.training.copy_heads import copy_scores, copying_layers
+
+MEASURED = ("xcllama/training/copy_heads.py",)
 
 
 def main() -> None:
@@ -29,7 +31,7 @@ def main() -> None:
     # a block stands after a decoder layer, and starts from the projections of the one that follows
     print(f"cross_attention_layers: {[layer - 1 for layer in layers if layer]}")
     if arguments.results:
-        write_result(arguments.results, {"model": arguments.model, "layers": layers, **scores}, seed=0)
+        write_result(arguments.results, {"model": arguments.model, "layers": layers, **scores}, MEASURED, seed=0)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from pathlib import Path
 from random import Random
 
 MEMORY_LIMIT_MIB = 1536
+MEASURED = ("modeling_xcllama", "scripts/fuzz_context_cache.py")
 NUMBERS = (0, 1, 2, 3, 4, 8, 9, 2**31, 2**48, 2**63 - 1, 2**63, -1)
 DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "I8", "U8", "BOOL", "F8_E4M3", "F4", "U64")
 WORDS = ("hidden", "condensed", "float32", "bfloat16", "int8", "int4", "1", "2", "")
@@ -153,9 +154,9 @@ def main() -> None:
     print(json.dumps(figures, indent=1))
     if arguments.output:
         # not in the child, whose memory is bounded
-        from dataset_builders.provenance import write_result
+        from xcllama.provenance import write_result
 
-        write_result(arguments.output, figures)
+        write_result(arguments.output, figures, MEASURED)
     if done.returncode or findings:
         print(done.stderr[-4000:], file=sys.stderr)
         raise SystemExit(f"findings in {folder}: {findings or done.returncode}")

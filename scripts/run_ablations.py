@@ -3,7 +3,7 @@
 python scripts/run_ablations.py [--rows NAME...] [--runs runs/ablation] [--results results/ablations.json]
 
 Rows that the results file holds are kept; one that was trained or evaluated before is not again, an interrupted one
-goes on. Answers and losses are those of held-out SQuAD questions, answers by the lm-eval task `xc_squad_sample`.
+goes on. Answers and losses are those of the SQuAD questions that choices may be made on (dev).
 """
 
 import argparse
@@ -13,16 +13,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from dataset_builders.provenance import write_result
-from xcllama.evaluation.comparison import Models, compare
-from xcllama.evaluation.tables import interval, load_runs
+from xcllama.evaluation.comparison import Models, Settings, compare
+from xcllama.evaluation.tables import load_runs, summarize
+from xcllama.provenance import provenance, require_clean, write_result
 from xcllama.training.checkpoints import checkpoints
 from xcllama.training.export import export_model, training_figures
 from xcllama.training.recipe import Recipe, load_recipe, recipe_from_dict
 from xcllama.training.run import load_run, run_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
-TASK = "xc_squad_sample"
+SOURCE = "squad_sample"
+MEASURED = ("modeling_xcllama", "dataset_builders", "xcllama/training", "xcllama/evaluation")
 RECIPE = ROOT / "xcllama/training/recipes/ablation.yaml"
 # row -> what differs from the recipe
 ROWS: dict[str, dict[str, Any]] = {
@@ -69,7 +70,7 @@ def run(row: str, runs: Path, limit: int) -> dict[str, Any]:
     """Train a row, or what is missing of it, and measure it.
 
     Raises:
-        ValueError: it cannot be trained or evaluated.
+        ValueError: it cannot be trained.
     """
     recipe = recipe_of(row)
     folder, exported = runs / recipe.name, runs / "checkpoints" / recipe.name
@@ -80,17 +81,17 @@ def run(row: str, runs: Path, limit: int) -> dict[str, Any]:
         model = run_recipe(recipe, folder, resume=(folder / "recipe.json").is_file())
     figures = training_figures(recipe, model, folder, questions=100)
     export_model(recipe, model, folder, exported)
-    shared = ["--device", "cpu", "--batch_size", "8", "--limit", str(limit)]
-    if compare(Models([str(exported)]), ["cross"], runs / "eval", [TASK], [], shared):
-        raise ValueError(f"its evaluation failed; see above, and {runs / 'eval'}.")
-    (evaluated,) = load_runs([runs / "eval" / recipe.name])
+    paths = compare(Models([str(exported)]), ["cross"], Settings(SOURCE, "dev", limit=limit), runs / "answers")
+    (answered,) = summarize(load_runs(paths))["runs"]
+    f1 = answered["quality"]["f1"]
     answers = {
-        "task": TASK,
+        "source": SOURCE,
         "questions": limit,
-        "f1": evaluated.metrics["f1"][0],
-        "interval": interval(evaluated, "f1"),
+        "f1": f1["value"],
+        "interval": f1["interval"],
     }
-    return {"row": row, "changes": ROWS[row], **figures, "answers": answers}
+    made = {"provenance": provenance(MEASURED, recipe.seed)}
+    return {"row": row, "changes": ROWS[row], **figures, "answers": answers, **made}
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
@@ -109,7 +110,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     left.barh(places, scores, xerr=errors, color="C0", ecolor="0.4")
     left.set_yticks(places, [row["row"] for row in rows])
     left.invert_yaxis()
-    left.set(xlabel=f"token F1, {rows[0]['answers']['questions']} questions of {TASK}")
+    left.set(xlabel=f"token F1, {rows[0]['answers']['questions']} questions of {SOURCE}")
     for name, color in (("right_context", "C0"), ("wrong_context", "0.7")):
         losses = [row["held_out"]["answer_loss"][name] for row in rows]
         right.plot(losses, places, "o", color=color, label=name.replace("_", " "))
@@ -131,6 +132,7 @@ def main() -> int:
     parser.add_argument("--limit", type=int, default=100, help="questions a row answers")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+    require_clean(arguments.results)
     found = measured(arguments.results, arguments.limit)
     for name in arguments.rows:
         if name in found:
@@ -142,7 +144,7 @@ def main() -> int:
             return 2
         # with those of earlier calls: an interrupted call loses none
         rows = [found[row] for row in ROWS if row in found]
-        write_result(arguments.results, {"rows": rows}, seed=0)
+        write_result(arguments.results, {"rows": rows}, MEASURED, seed=0)
         plot(rows, arguments.results.with_suffix(".png"))
     return 0
 

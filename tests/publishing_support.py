@@ -89,7 +89,7 @@ def make_checkpoint(cache: Path, folder: Path, encoder: PreTrainedModel | None =
 
 
 def make_adapter(cache: Path, folder: Path) -> Path:
-    """A random LoRA adapter on `make_base`, with records such as scripts/train.py exports."""
+    """A random LoRA adapter on `make_base`, with records such as `xcllama train` exports."""
     base = LlamaForCausalLM.from_pretrained(make_base(cache))
     digest = weights_digest(base.named_parameters(), sampled=True)
     config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False)

@@ -18,6 +18,7 @@ PACKAGES = {
     "modeling_xcllama": ROOT / "modeling_xcllama",
     "xcllama_kernels": ROOT / "kernels" / "torch-ext" / "xcllama_kernels",
     "dataset_builders": ROOT / "dataset_builders",
+    "xcllama.commands": ROOT / "xcllama" / "commands",
     "xcllama.store": ROOT / "xcllama" / "store",
     "xcllama.training": ROOT / "xcllama" / "training",
     "xcllama.evaluation": ROOT / "xcllama" / "evaluation",
@@ -30,6 +31,7 @@ ALLOWED = {
     "xcllama_kernels": set(),
     "dataset_builders": set(),
     "xcllama.store": {"modeling_xcllama"},
+    "xcllama.commands": {"dataset_builders", "xcllama.training", "xcllama.evaluation", "xcllama.publishing"},
     "xcllama.training": {"modeling_xcllama", "dataset_builders", "xcllama.store"},
     "xcllama.evaluation": {"modeling_xcllama", "dataset_builders", "xcllama.store"},
     "xcllama.publishing": {"modeling_xcllama", "dataset_builders", "xcllama.store"},
@@ -150,22 +152,6 @@ def test_no_script_or_test_shadows_a_module():
     # from elsewhere: this process may have the scripts themselves on its path
     done = subprocess.run([sys.executable, "-c", code, *names], capture_output=True, text=True, cwd="/", check=True)
     assert done.stdout.strip() == "[]"
-
-
-def test_files_stay_small():
-    folders = [*PACKAGES.values(), ROOT / "scripts", ROOT / "tests", ROOT / "kernels"]
-    long = {
-        str(path.relative_to(ROOT)): len(path.read_text().splitlines())
-        for folder in folders
-        for path in sources(folder)
-        if len(path.read_text().splitlines()) > 400
-    }
-    assert not long
-
-
-def test_ci_runs_what_the_readme_says():
-    assert "make test" in (ROOT / ".ci" / "run").read_text()
-    assert "make test" in (ROOT / "README.md").read_text()
 
 
 def test_readme_tree_is_true():

@@ -1,11 +1,14 @@
 """A reader of any decoder without training: what `fit_reader` writes reads its caches; the report says how well."""
 
+import sys
+
 import pytest
 import torch
-from training_support import base_folder, tiny_tokenizer  # noqa: F401
+from training_support import base_folder, tiny_tokenizer
 from transformers import LlamaForCausalLM
 
 from modeling_xcllama.checkpoints import load_checkpoint
+from xcllama.commands import main
 from xcllama.training.fit import fit_reader
 
 
@@ -17,7 +20,7 @@ def texts() -> list[str]:
     return [" ".join(draw() for _ in range(40)) for _ in range(40)]
 
 
-def test_a_fitted_reader_loads_and_its_cache_matters(base_folder, texts, tmp_path):  # noqa: F811
+def test_a_fitted_reader_loads_and_its_cache_matters(base_folder, texts, tmp_path):
     # states of every layer: the maps are exact, so that the cache brings what the prompt brings
     fields = {"context_layer": [0, 1, 2, 3]}
     report = fit_reader(base_folder, texts, tmp_path / "reader", **fields)
@@ -34,7 +37,21 @@ def test_a_fitted_reader_loads_and_its_cache_matters(base_folder, texts, tmp_pat
     assert (model(**inputs, context_cache=cache).logits - base(**inputs).logits).abs().max() > 1e-3
 
 
-def test_too_few_texts_are_refused(base_folder, tmp_path):  # noqa: F811
+def test_the_command_reports_every_layer(base_folder, texts, tmp_path, monkeypatch, capsys):
+    (tmp_path / "texts").mkdir()
+    for number, text in enumerate(texts):
+        (tmp_path / "texts" / f"{number}.md").write_text(text)
+    arguments = [str(base_folder), "--text", str(tmp_path / "texts"), "--output", str(tmp_path / "reader")]
+    monkeypatch.setattr(sys, "argv", ["xcllama", "fit", *arguments])
+    with pytest.raises(SystemExit, match="0"):
+        main()
+    out = capsys.readouterr().out
+    assert [line.split()[0] for line in out.splitlines()[1:5]] == ["0", "1", "2", "3"]
+    assert "% of what the prompt brings" in out
+    assert (tmp_path / "reader" / "cross_attention.safetensors").is_file()
+
+
+def test_too_few_texts_are_refused(base_folder, tmp_path):
     with pytest.raises(ValueError, match="at least two texts of 32 tokens, got 0"):
         fit_reader(base_folder, ["short"], tmp_path / "reader")
     assert not (tmp_path / "reader").exists()

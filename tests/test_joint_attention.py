@@ -55,8 +55,10 @@ def exact_context(model: XCLlamaForCausalLM, document: list[int]) -> ProjectedCo
         [part[0, :, len(PREFIX) :].transpose(0, 1) for part in parts] for parts in zip(*pairs, strict=True)
     )
     plan = ReadingPlan.of((0, len(document)), [(0,)])
+    implementation = model.config.cross_attn_implementation
+    implementation = "sdpa" if implementation == "auto" else implementation
     return ProjectedContext(
-        tuple(keys), tuple(values), plan.rows, None, model.model.context_projections, longest=plan.longest
+        tuple(keys), tuple(values), plan.rows, None, model.model.context_projections, implementation
     )
 
 

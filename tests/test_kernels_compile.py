@@ -98,8 +98,8 @@ def test_committed_table_keeps_the_rules(monkeypatch):
     monkeypatch.syspath_prepend(SCRIPT.parent)
     inspection = importlib.import_module("inspect_kernels")
     content = json.loads((SCRIPT.parent.parent.parent / "results" / "kernels_inspect.json").read_text())
-    assert content["commit"]
-    assert content["command"]
+    assert content["provenance"]["commit"]
+    assert content["provenance"]["command"]
     records = content["kernels"]
     described = [
         inspection.describe(variant, target)

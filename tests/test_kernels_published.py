@@ -114,7 +114,8 @@ def test_card_takes_its_numbers_from_the_results(assembler, tmp_path):
         "shared_bytes": 4096, "tensor_core_instructions": {"mma.sync": 32},
     }  # fmt: skip
     results = tmp_path / "inspect.json"
-    run = {"kernels": [record, record | {"registers": 123}], "command": "make it", "commit": "abc", "date": "today"}
+    made = {"command": "make it", "commit": "abc", "date": "today"}
+    run = {"kernels": [record, record | {"registers": 123}], "provenance": made}
     results.write_text(json.dumps(run))
     card = (assembler.assemble(tmp_path / "out", results) / "README.md").read_text()
     assert "| decode_kernel | sm_90 | bf16 | 2 | 123 | 0 | 4096 | mma.sync |" in card

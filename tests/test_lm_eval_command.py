@@ -36,10 +36,9 @@ def run(monkeypatch, capsys):
     """Run the command in this process: (exit code, standard output, standard error)."""
 
     def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["xcllama-eval", *arguments])
         # what the call before wrote
         capsys.readouterr()
-        code = command.main()
+        code = command.main(list(arguments))
         captured = capsys.readouterr()
         # shown by pytest when the test fails
         sys.stderr.write(captured.err)
@@ -61,7 +60,7 @@ def test_every_mode_writes_quality_and_cost(run, checkpoint, tmp_path, mode):
     found = results(tmp_path / "out")
     assert set(found["results"]) == {"xc_squad_v2", "xc_msmarco"}
     assert found["config"]["context_mode"] == mode
-    assert "--tasks xc_squad_v2,xc_msmarco" in found["config"]["command"]
+    assert found["config"]["provenance"]["code"]["digest"]
     figures = found["results"]["xc_squad_v2"]
     for metric in ("exact_match", "f1", "answer_recall", "rouge_l", "k_precision", "no_answer_accuracy"):
         assert 0 <= figures[f"{metric},none"] <= 1
@@ -94,7 +93,7 @@ def test_finished_tasks_are_kept_when_another_fails(run, checkpoint, tmp_path):
     code, _, err = run(*model_arguments(checkpoint), "--tasks", "xc_msmarco,xc_squad_v2",
                        "--metadata", json.dumps(data), "--output_path", str(tmp_path / "out"))  # fmt: skip
     assert code == 1
-    (line,) = [line for line in err.splitlines() if line.startswith("error:")]
+    (line,) = [line for line in err.splitlines() if line.startswith("Error:")]
     assert "xc_msmarco" in line
     assert "python scripts/build_dataset.py --source msmarco" in line
     assert set(results(tmp_path / "out")["results"]) == {"xc_squad_v2"}
@@ -117,9 +116,9 @@ def test_bad_arguments_end_in_one_line(run, checkpoint, monkeypatch, arguments, 
     # lm-eval's own thousands of tasks take long to index
     monkeypatch.setattr(command, "INCLUDE_DEFAULTS", (False,))
     code, out, err = run(*model_arguments(checkpoint), *arguments)
-    assert code == 2
+    assert code == 1
     assert out == ""
-    (line,) = [line for line in err.splitlines() if line.startswith("error:")]
+    (line,) = [line for line in err.splitlines() if line.startswith("Error:")]
     assert message in line
 
 
@@ -130,8 +129,8 @@ def test_bad_models_end_in_one_line(run, checkpoint, tmp_path):
         (model_arguments(str(tmp_path / "base")), "needs a model with cross-attention"),
     ]:
         code, _, err = run(*arguments, "--tasks", "xc_squad_v2")
-        assert code == 2
-        assert message in [line for line in err.splitlines() if line.startswith("error:")][-1]
+        assert code == 1
+        assert message in [line for line in err.splitlines() if line.startswith("Error:")][-1]
 
 
 BARE_TASK = """
@@ -166,10 +165,10 @@ def test_bad_documents_end_in_one_line(run, checkpoint, tmp_path):
     ]:
         code, _, err = run(*model_arguments(checkpoint, mode, **options), "--tasks", task,
                            "--include_path", str(tmp_path), "--metadata", json.dumps(data))  # fmt: skip
-        lines = [line for line in err.splitlines() if line.startswith("error:")]
+        lines = [line for line in err.splitlines() if line.startswith("Error:")]
         assert code == int(message is not None)
         assert len(lines) == code
-        assert not code or (lines[0].startswith(f"error: task {task}: ") and message in lines[0])
+        assert not code or (lines[0].startswith(f"Error: task {task}: ") and message in lines[0])
 
 
 def test_a_cache_folder_of_another_model_ends_in_one_line(run, checkpoint, tmp_path):
@@ -177,9 +176,9 @@ def test_a_cache_folder_of_another_model_ends_in_one_line(run, checkpoint, tmp_p
     folder.mkdir()
     (folder / "contexts.json").write_text('{"fingerprint": "another", "dtype": "float32"}')
     code, out, err = run(*model_arguments(checkpoint, context_cache_dir=folder), "--tasks", "xc_squad_v2")
-    assert code == 2
+    assert code == 1
     assert out == ""
-    (line,) = [line for line in err.splitlines() if line.startswith("error:")]
+    (line,) = [line for line in err.splitlines() if line.startswith("Error:")]
     assert "holds contexts with fingerprint 'another'" in line
 
 
@@ -201,10 +200,10 @@ def test_sampling_depends_on_the_seed_only(run, checkpoint, tmp_path):
 def test_the_module_runs_from_anywhere(tmp_path):
     arguments = ["--model", "xcllama", "--model_args", "pretrained=x,context_mode=wrong", "--tasks", "xc_coqa"]
     done = subprocess.run(
-        [sys.executable, "-m", "xcllama.evaluation", *arguments],
+        [sys.executable, "-m", "xcllama", "eval", "run", *arguments],
         capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
-    assert done.returncode == 2
+    assert done.returncode == 1
     assert "`context_mode` must be one of" in done.stderr
     assert "Traceback" not in done.stderr
 

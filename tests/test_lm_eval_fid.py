@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from evaluation_support import results, samples
 from lm_eval.api.instance import Instance
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
@@ -14,7 +15,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
-from xcllama.evaluation import tables
+from xcllama.evaluation import command
 from xcllama.evaluation.fusion_in_decoder import FusionInDecoderLM
 
 CONTEXTS = ["cat sat", "dog ran far", "red boat"]
@@ -106,7 +107,7 @@ def test_earlier_turns_stand_in_front_of_the_question(folder):
     assert second == "question: red cat who title:  context: dog ran far"
 
 
-def test_through_the_same_tasks(folder, tmp_path, monkeypatch):
+def test_through_the_same_tasks(folder, tmp_path):
     from xcllama.evaluation import command
 
     fixtures = Path(__file__).parent / "fixtures"
@@ -114,13 +115,10 @@ def test_through_the_same_tasks(folder, tmp_path, monkeypatch):
     arguments = ["--model", "fid", "--model_args", f"pretrained={folder},dtype=float32", "--device", "cpu",
                  "--tasks", "xc_squad_v2", "--metadata", json.dumps(data), "--output_path", str(tmp_path),
                  "--log_samples"]  # fmt: skip
-    monkeypatch.setattr(sys, "argv", ["xcllama-eval", *arguments])
-    assert command.main() == 0
-    (run,) = tables.load_runs([tmp_path])
-    assert (run.task, run.mode) == ("xc_squad_v2", "fid")
-    assert 0 <= run.metrics["f1"][0] <= 1
-    for name in ("context_tokens", "generated_tokens", "time_to_first_token"):
-        assert min(run.samples[name].values()) > 0
+    assert command.main(arguments) == 0
+    assert 0 <= results(tmp_path)["results"]["xc_squad_v2"]["f1,none"] <= 1
+    for sample in samples(tmp_path, "xc_squad_v2"):
+        assert min(sample[name] for name in ("context_tokens", "generated_tokens", "time_to_first_token")) > 0
 
 
 def test_weights_with_the_authors_names(folder, tmp_path):

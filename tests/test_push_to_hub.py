@@ -1,4 +1,4 @@
-"""Every kind of repository published by the script, then used by its own client in a new process with empty caches."""
+"""Every kind of repository published by the command, then used by its own client in a new, clean process."""
 
 import json
 import runpy
@@ -9,6 +9,7 @@ import pytest
 from huggingface_hub import HfApi
 from publishing_support import TOKEN, hub_on_loopback, make_checkpoint
 
+from xcllama.commands import main
 from xcllama.publishing.checking import run_clean
 from xcllama.store import ContextStore
 
@@ -62,11 +63,10 @@ print(json.dumps(found))
 
 
 def push(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
-    """Exit status, stdout and stderr of scripts/push_to_hub.py, run in this process."""
-    script = str(ROOT / "scripts" / "push_to_hub.py")
-    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    """Exit status, stdout and stderr of `xcllama publish`, run in this process."""
+    monkeypatch.setattr(sys, "argv", ["xcllama", "publish", *arguments])
     with pytest.raises(SystemExit) as end:
-        runpy.run_path(script, run_name="__main__")
+        main()
     return (end.value.code, *capsys.readouterr())
 
 

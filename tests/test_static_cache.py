@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from xcllama_kernels.launch import INTERPRETED, launch_counts
 
+from modeling_xcllama import decoder_xcllama
 from modeling_xcllama.decoding_speed import decoding_compile_config
 
 
@@ -51,6 +53,32 @@ def test_twenty_context_lengths_make_few_graphs(tiny_model, graphs):
         if number == 1:
             assert graphs.made <= 2
     assert graphs.made <= 3
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "triton"])
+@pytest.mark.parametrize("mode", ["block", "joint"])
+def test_a_step_is_one_graph(make_llama, make_model, graphs, monkeypatch, mode, implementation):
+    """`fullgraph=True`: the backend was chosen when the context was projected, what its rows need are inputs."""
+    if implementation == "triton" and not INTERPRETED:
+        pytest.skip("needs TRITON_INTERPRET=1 before triton is imported")
+    base = make_llama(hidden_size=64)
+    model = make_model(base, cross_attention_mode=mode, cross_attn_implementation=implementation)
+    generator = torch.Generator().manual_seed(0)
+    prompt = torch.randint(3, 97, (3, 6), generator=generator)
+    cache = model.encode_context(torch.randint(3, 97, (2, 9), generator=generator))
+    contexts = [model.project_context(cache.join(rows)) for rows in ([[0], [1], []], [[1], [], [0]])]
+    assert {context.implementation for context in contexts} == {implementation}
+    monkeypatch.setattr(decoder_xcllama, "resolve_implementation", None)
+    compiled = torch.compile(model, fullgraph=True, backend=graphs)
+    for context in contexts:
+        with torch.no_grad():
+            expected = model(prompt, context_cache=context).logits
+            before = launch_counts["decode_kernel"]
+            got = compiled(prompt, context_cache=context).logits
+        assert (launch_counts["decode_kernel"] > before) == (implementation == "triton")
+        torch.testing.assert_close(got, expected)
+    # with kernels, other rows on other contexts are other inputs of the same graph
+    assert graphs.made == (1 if implementation == "triton" else 2)
 
 
 @pytest.mark.slow

@@ -14,12 +14,12 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from training_support import base_folder, batch_and_objective, equal, make_recipe, rows_file, weights_of
+from training_support import base_folder, batch_and_objective, equal, make_recipe, rows_file, sharp_folder, weights_of
 from transformers import LlamaForCausalLM
 
-from dataset_builders.provenance import write_result
 from modeling_xcllama.checkpoints import load_checkpoint as load_checkpoint_folder
 from modeling_xcllama.fingerprint import weights_digest
+from xcllama.provenance import write_result
 from xcllama.publishing.model_card import readme
 from xcllama.training.build import build_model
 from xcllama.training.checkpoints import checkpoints, load_checkpoint
@@ -32,18 +32,19 @@ from xcllama.training.recipe import Recipe, recipe_from_dict
 from xcllama.training.run import batches_of, load_run, make_collator, run_recipe
 from xcllama.training.stored_states import encode_in_memory
 
-SCRIPT = Path(__file__).parent.parent / "scripts" / "train.py"
 
-
-def test_training_lowers_the_loss_and_resume_repeats_it(make_recipe, tmp_path, monkeypatch):
-    recipe = make_recipe()
-    run_recipe(recipe, tmp_path / "whole")
+def test_training_lowers_the_loss_and_resume_repeats_it(make_recipe, sharp_folder, tmp_path, monkeypatch):
+    recipe = make_recipe(model={"base": str(sharp_folder)}, optimization={"learning_rate": 3e-2})
+    batch, untrained, *_ = batch_and_objective(recipe)
+    trained = Objective(run_recipe(recipe, tmp_path / "whole"), recipe)
+    with torch.no_grad():
+        before, after = (float(objective(batch).answer) for objective in (untrained, trained))
+    assert after < 0.8 * before, (before, after)
     losses = [line["loss"] for line in read_log(tmp_path / "whole" / "log.jsonl")]
     assert len(losses) == 12
     assert not [
         name for name in weights_of(tmp_path / "whole") if "cross_attention" not in name and "context" not in name
     ]
-    assert min(losses) < losses[0]
     import xcllama.training.loop as loop
 
     update, calls = loop._update, []
@@ -79,30 +80,21 @@ def test_a_stage_starts_where_the_one_before_it_stopped(make_recipe, tmp_path):
         run_recipe(recipe_from_dict(values), tmp_path / "third")
 
 
-def run_script(recipe: Recipe, folder: Path, *arguments: str, launcher: tuple[str, ...] = ()) -> list[str]:
+def run_command(recipe: Recipe, folder: Path, *arguments: str, launcher: tuple[str, ...] = ()) -> list[str]:
     """The command line of a run in another process, with its recipe written to a file."""
     path = folder.parent / f"{folder.name}.yaml"
     path.write_text(yaml.safe_dump(recipe.to_dict()))
-    return [
-        *(launcher or (sys.executable,)),
-        str(SCRIPT),
-        "--recipe",
-        str(path),
-        "--run-folder",
-        str(folder),
-        *arguments,
-    ]
+    command = ("-m", "xcllama", "train", str(path), "--run-folder", str(folder))
+    return [*(launcher or (sys.executable,)), *command, *arguments]
 
 
 def test_kill_and_resume_give_the_same_weights(make_recipe, tmp_path):
     recipe = make_recipe(optimization={"steps": 80}, run={"save_steps": 2, "log_steps": 50})
     folder = tmp_path / "killed"
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    process = subprocess.Popen(run_script(recipe, folder), env=environment, cwd=tmp_path, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 120
+    process = subprocess.Popen(run_command(recipe, folder), env=environment, cwd=tmp_path, stderr=subprocess.PIPE)
     while not checkpoints(folder):
         assert process.poll() is None, process.stderr.read().decode()[-2000:]
-        assert time.monotonic() < deadline
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -128,7 +120,7 @@ def test_two_processes_give_the_losses_of_one(make_recipe, tmp_path):
     )
     launch += ("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = run_script(recipe, tmp_path / "two", launcher=launch)
+    command = run_command(recipe, tmp_path / "two", launcher=launch)
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     run_recipe(recipe, tmp_path / "one")
@@ -153,7 +145,7 @@ def test_sharded_processes_give_the_losses_of_one_and_resume(make_recipe, tmp_pa
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
         launch = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port)
-        command = run_script(recipe, tmp_path / "two", *arguments, launcher=launch)
+        command = run_command(recipe, tmp_path / "two", *arguments, launcher=launch)
         done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]
         if not arguments:
@@ -242,10 +234,10 @@ def test_processes_must_divide_a_step(make_recipe, tmp_path):
         make_accelerator(make_recipe(optimization={"accumulate": 3}), tmp_path)
 
 
-def test_script_reports_bad_input_in_one_line(make_recipe, tmp_path):
-    command = run_script(make_recipe(), tmp_path / "run", "--resume")
+def test_the_command_reports_bad_input_in_one_line(make_recipe, tmp_path):
+    command = run_command(make_recipe(), tmp_path / "run", "--resume")
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2
+    assert done.returncode == 1
     assert "holds no run to resume" in done.stderr
     assert "Traceback" not in done.stderr
 
@@ -264,7 +256,7 @@ def test_export_holds_what_a_reader_needs(make_recipe, precision, tmp_path):
     target = tmp_path / "out"
     unrounded = {name: weight.detach().clone() for name, weight in model.added_parameters()}
     export_model(recipe, model, tmp_path / "run", target)
-    # scripts/train.py measures what it exported
+    # `xcllama train` measures what it exported
     assert training_figures(recipe, model, tmp_path / "run", questions=4)["step"] == 12
     assert {path.name for path in target.iterdir()} == {
         "chat_template.jinja",
@@ -276,7 +268,7 @@ def test_export_holds_what_a_reader_needs(make_recipe, precision, tmp_path):
         "training.json",
     }
     assert "Held-out" not in readme(target, tmp_path)
-    write_result(tmp_path / f"training_{recipe.name}.json", figures, recipe.seed)
+    write_result(tmp_path / f"training_{recipe.name}.json", figures, [], recipe.seed)
     card = readme(target, tmp_path)
     assert "license_name: terms-of-the-base-model" in card
     assert f"{figures['held_out']['answer_loss']['wrong_context']:.3f}" in card
@@ -323,8 +315,7 @@ def test_an_exported_adapter_names_its_base(make_recipe, base_folder, tmp_path):
 
 @pytest.mark.slow
 def test_the_smoke_recipe_runs_through(smollm2_folder, tmp_path):
-    recipe = SCRIPT.parent.parent / "xcllama" / "training" / "recipes" / "smoke.yaml"
-    command = [sys.executable, str(SCRIPT), "--recipe", str(recipe), "--run-folder", str(tmp_path / "run")]
+    command = [sys.executable, "-m", "xcllama", "train", "smoke", "--run-folder", str(tmp_path / "run")]
     command += ["--export", str(tmp_path / "out")]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -1,6 +1,7 @@
 """A tiny decoder on disk, rows to train on, and recipes over them; loaded by the training tests."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,18 @@ def base_folder(tmp_path_factory) -> Path:
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sharp_folder(base_folder, tmp_path_factory) -> Path:
+    """The same decoder with weights so large that what it reads shows in what it says."""
+    folder = shutil.copytree(base_folder, tmp_path_factory.mktemp("sharp") / "base")
+    base = LlamaForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        for weight in base.parameters():
+            weight.mul_(15 if weight.dim() > 1 else 1)
+    base.save_pretrained(folder)
     return folder
 
 

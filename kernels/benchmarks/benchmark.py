@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from provenance import provenance, write_json
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import linear, scaled_dot_product_attention
@@ -35,6 +34,8 @@ from xcllama_kernels.forward import plan_forward
 from xcllama_kernels.launch import INTERPRETED, Launch, Quantization, target_of
 from xcllama_kernels.project import plan_projection
 from xcllama_kernels.reference import cross_attention_reference, dequantize
+
+from xcllama.provenance import require_clean, write_result
 
 # (batch, contexts, context length, query length, heads, KV heads, head size)
 SHAPES = {
@@ -225,13 +226,13 @@ def main() -> int:
     arguments = parser.parse_args()
     if not torch.cuda.is_available() or INTERPRETED:
         raise ValueError("the benchmark needs a GPU and no TRITON_INTERPRET; inspect_kernels.py needs neither.")
+    require_clean(arguments.output)
     records = []
     for record in all_records(arguments.tune, "cuda"):
         print(record, flush=True)
         records.append(record)
         # what was measured is kept when a later case is cut off
-        run = provenance(Path(__file__), torch.cuda.get_device_name())
-        write_json(arguments.output, run | {"seed": 0, "records": records})
+        write_result(arguments.output, {"records": records}, ["kernels"], seed=0)
     wrong = sum(map(is_wrong, records))
     print(f"{len(records)} records, {wrong} of our results failed or are wrong; wrote {arguments.output}")
     return 1 if wrong else 0

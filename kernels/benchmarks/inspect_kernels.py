@@ -18,12 +18,13 @@ from pathlib import Path
 
 import triton
 from ahead_of_time import SHARED_LIMIT, TARGETS, inspect, source_of
-from provenance import provenance, write_json
 from traffic import CHIPS, Shape, decode_traffic, forward_traffic
 from variants import DTYPES, PARTIAL, WHOLE, Variant, all_variants, attention_tensors, one_variant_a_kernel
 from xcllama_kernels.decode import plan_decode
 from xcllama_kernels.forward import plan_forward
 from xcllama_kernels.launch import INTERPRETED, Launch
+
+from xcllama.provenance import require_clean, write_result
 
 CACHE = Path.home() / ".cache" / "xcllama" / "kernels_inspect.jsonl"
 WITHOUT_PRODUCTS = ("combine_kernel", "inverse_rms_kernel")
@@ -126,6 +127,7 @@ def main() -> int:
     arguments = parser.parse_args()
     if INTERPRETED:
         raise ValueError("nothing is compiled under TRITON_INTERPRET=1; unset it.")
+    require_clean(arguments.output)
     start = time.monotonic()
     one = arguments.one_a_kernel
     parts = [(target, dtype) for dtype in (["bf16"] if one else arguments.dtypes) for target in arguments.targets]
@@ -133,9 +135,8 @@ def main() -> int:
         run_part = partial(inspect_part, one_a_kernel=one, head_dims=arguments.head_dims, cache=arguments.cache)
         records = [record for part in pool.map(run_part, parts) for record in part]
     broken = sum(bool(problems(record)) for record in records)
-    run = provenance(Path(__file__), "no GPU used")
-    run |= {"seconds": round(time.monotonic() - start, 1), "num_kernels": len(records), "broken": broken}
-    write_json(arguments.output, run | {"kernels": records, "rooflines": rooflines()})
+    run = {"seconds": round(time.monotonic() - start, 1), "num_kernels": len(records), "broken": broken}
+    write_result(arguments.output, run | {"kernels": records, "rooflines": rooflines()}, ["kernels"])
     print(f"{len(records)} variants compiled, {broken} break a rule; wrote {arguments.output}")
     return 1 if broken else 0
 

@@ -1,16 +1,16 @@
-"""The command `python -m xcllama.evaluation` (`xcllama-eval`): lm-eval's arguments, each task kept when done."""
+"""`xcllama eval run`: lm-eval's arguments, this project's models and tasks, each task kept when done."""
 
+import argparse
 import json
 import logging
 import os
-import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
 import lm_eval.models  # noqa: F401  (registers lm-eval's own models before ours)
 from lm_eval import simple_evaluate
-from lm_eval._cli import HarnessCLI
+from lm_eval._cli.run import Run
 from lm_eval.api.registry import get_model
 from lm_eval.config.evaluate_config import EvaluatorConfig
 from lm_eval.loggers import EvaluationTracker
@@ -19,7 +19,10 @@ from lm_eval.utils import handle_non_serializable, make_table, setup_logging
 
 import xcllama.evaluation.fusion_in_decoder
 import xcllama.evaluation.model  # noqa: F401  (registers xcllama)
+from xcllama.provenance import provenance
 
+# whose code makes the figures
+MEASURED = ("modeling_xcllama", "dataset_builders", "xcllama/evaluation")
 logger = logging.getLogger(__name__)
 
 TASKS = Path(__file__).parent / "tasks"
@@ -31,22 +34,18 @@ MERGED = ("results", "groups", "group_subtasks", "configs", "versions", "n-shot"
 TASK_ERRORS = (ValueError, KeyError, OSError, RuntimeError, NotImplementedError)
 
 
-def main() -> int:
-    """Run the command line; returns the exit code."""
+def main(arguments: list[str]) -> int:
+    """Run `lm-eval run` with these arguments; returns the exit code."""
     setup_logging()
-    command = shlex.join(["python", "-m", "xcllama.evaluation", *sys.argv[1:]])
-    parser = HarnessCLI()
-    arguments = parser.parse_args()
-    if getattr(arguments, "command", None) != "run":
-        parser.execute(arguments)
-        return 0
+    commands = argparse.ArgumentParser(prog="xcllama eval").add_subparsers()
+    Run.create(commands)
     try:
-        return evaluate(EvaluatorConfig.from_cli(arguments), command)
+        return evaluate(EvaluatorConfig.from_cli(commands.choices["run"].parse_args(arguments)))
     except (ValueError, TypeError, OSError) as error:
         return _fail(error)
 
 
-def evaluate(config: EvaluatorConfig, command: str) -> int:
+def evaluate(config: EvaluatorConfig) -> int:
     """Evaluate the tasks of a configuration one by one, saving after each; returns the exit code.
 
     Raises:
@@ -72,7 +71,7 @@ def evaluate(config: EvaluatorConfig, command: str) -> int:
                 return code
             continue
         if results is not None:
-            _save(config, tracker, merged, results, command)
+            _save(config, tracker, merged, results)
     if merged:
         print(f"{config.model} ({config.model_args}), limit: {config.limit}, batch_size: {config.batch_size}")
         print(make_table(merged))
@@ -111,7 +110,9 @@ def find_tasks(config: EvaluatorConfig) -> tuple[TaskManager, list[str]]:
             break
     if unknown := [task for task, found in matches.items() if not found]:
         ours = ", ".join(sorted(name for name in manager.all_tasks if name.startswith("xc_")))
-        raise ValueError(f"task {unknown[0]!r} is unknown; this project's are {ours} (all: `ls tasks`).")
+        raise ValueError(
+            f"task {unknown[0]!r} is unknown; this project's are {ours} (`xcllama eval tasks` lists them)."
+        )
     names = [leaf for found in matches.values() for name in found for leaf in _leaves(manager, name)]
     return manager, list(dict.fromkeys(names))
 
@@ -163,7 +164,7 @@ def _evaluate_task(config, language_model, manager: TaskManager, name: str, trac
     return results
 
 
-def _save(config, tracker, merged: dict[str, Any], results: dict[str, Any], command: str) -> None:
+def _save(config, tracker, merged: dict[str, Any], results: dict[str, Any]) -> None:
     """Merge the results of a finished task into those before and write them; the file before is replaced."""
     samples = results.pop("samples", {})
     for part, values in results.items():
@@ -171,7 +172,8 @@ def _save(config, tracker, merged: dict[str, Any], results: dict[str, Any], comm
             merged.setdefault(part, {}).update(values)
         else:
             merged[part] = values
-    merged["config"] |= {"command": command}
+    seed = merged["config"].get("torch_seed")
+    merged["config"] |= {"provenance": provenance(MEASURED, seed)}
     if not config.output_path:
         return
     before, hashes = getattr(tracker, "date_id", None), merged.get("task_hashes", {})
@@ -209,5 +211,5 @@ def _fail(error: BaseException, task: str | None = None) -> int:
     message = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
     where = f"task {task}: " if task else ""
     if int(os.environ.get("RANK", "0")) == 0 or task:
-        print(f"error: {where}{' '.join(message.split())}", file=sys.stderr)
-    return 2
+        print(f"Error: {where}{' '.join(message.split())}", file=sys.stderr)
+    return 1

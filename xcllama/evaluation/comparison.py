@@ -1,38 +1,71 @@
-"""The paper's comparison: every way to give a model its contexts, on the same tasks; one process a method and task.
+"""Every way to give a model its texts, on the same questions; what was answered is kept, question by question.
 
-OUTPUT/<checkpoint>/{cross, cross_int8, ...}     one folder a method, and the encoded contexts
-OUTPUT/baselines/{prompt, none, lora_prompt, ...}
+OUTPUT/SOURCE-SPLIT/MODEL/{cross, cross_int8, ...}.jsonl     one line a question
+OUTPUT/SOURCE-SPLIT/MODEL/{cross, cross_int8, ...}.json      what the run was, and what it cost
 """
 
 import hashlib
 import json
-import shlex
-import subprocess
-import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from time import perf_counter
+from typing import Any
 
-# model arguments of the methods that read an encoded context
-CROSS = {
-    "cross": {"context_mode": "cross"},
-    "cross_shuffled": {"context_mode": "cross_shuffled"},
-    "cross_int8": {"context_mode": "cross", "cache_dtype": "int8"},
-    "cross_int4": {"context_mode": "cross", "cache_dtype": "int4"},
+import torch
+
+from xcllama.evaluation.metrics import ANSWER_METRICS
+from xcllama.evaluation.questions import Shelf, has_absent, read_questions
+from xcllama.evaluation.reader import Reader, Request
+from xcllama.provenance import write_result
+
+logger = logging.getLogger(__name__)
+MEASURED = ("modeling_xcllama", "dataset_builders", "xcllama/evaluation")
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to ask.
+
+    Args:
+        model: which of `Models` answers.
+        reads: where it finds the texts: "cache", "prompt" or "nothing".
+        passage, documents: the texts, see `Shelf.texts_of`.
+        cache_dtype: of the cached states; None: nothing is cached.
+    """
+
+    model: str
+    reads: str
+    passage: str = "right"
+    documents: int = 1
+    cache_dtype: str | None = None
+
+
+def _cached(cache_dtype: str = "bfloat16", **options) -> Method:
+    return Method("checkpoints", "cache", cache_dtype=cache_dtype, **options)
+
+
+METHODS = {
+    "none": Method("base", "nothing"),
+    "prompt": Method("base", "prompt"),
+    "lora_closed_book": Method("lora_closed_book", "nothing"),
+    "lora_prompt": Method("lora_prompt", "prompt"),
+    "cross": _cached(),
+    "cross_joined4": _cached(documents=4),
+    "cross_joined16": _cached(documents=16),
+    "cross_int8": _cached("int8"),
+    "cross_int4": _cached("int4"),
+    "cross_shuffled": _cached(passage="other"),
+    "cross_absent": _cached(passage="absent"),
+    "lora_prompt_absent": Method("lora_prompt", "prompt", passage="absent"),
+    "lora_prompt_joined4": Method("lora_prompt", "prompt", documents=4),
+    "lora_prompt_joined16": Method("lora_prompt", "prompt", documents=16),
 }
-PROMPT = {"context_mode": "prompt", "truncation": "True"}
-CLOSED_BOOK = {"context_mode": "none"}
-# baseline -> (which of `Models` it evaluates, model arguments)
-BASELINES = {
-    "none": ("checkpoints", CLOSED_BOOK),
-    "prompt": ("checkpoints", PROMPT),
-    "prompt_kv": ("checkpoints", PROMPT | {"context_mode": "prompt_kv"}),
-    "lora_prompt": ("lora_prompt", PROMPT),
-    "lora_closed_book": ("lora_closed_book", CLOSED_BOOK),
-    "fid": ("fid", {}),
-}
-# controls, which need not run on every task
-CONTROLS = ("cross_shuffled", "cross_int8", "cross_int4")
+# what takes most of the time of all; asked for by name
+SLOW = ("lora_prompt_joined4", "lora_prompt_joined16")
+MODES = {"lora_prompt": "LoRA / prompt", "lora_closed_book": "LoRA / none"}
 
 
 @dataclass(frozen=True)
@@ -40,114 +73,159 @@ class Models:
     """Folders or Hub ids of what is compared.
 
     Args:
-        checkpoints: XC models or folders of added weights; the untuned baselines are the first one's base.
+        checkpoints: folders of added weights; the untuned baselines are the first one's base.
         lora_prompt, lora_closed_book: peft adapters that were trained with and without the contexts.
-        fid: a T5 Fusion-in-Decoder.
     """
 
     checkpoints: Sequence[str]
     lora_prompt: str | None = None
     lora_closed_book: str | None = None
-    fid: str | None = None
 
-    def default_methods(self) -> list[str]:
-        """All methods whose model is given."""
-        return [*CROSS, *(name for name, (kind, _) in BASELINES.items() if getattr(self, kind))]
+    def of(self, method: str) -> Sequence[str]:
+        """The models that a method is measured on.
+
+        Raises:
+            ValueError: an unknown method, or one whose model is not given.
+        """
+        kind = METHODS[method].model if method in METHODS else None
+        found = {"checkpoints": self.checkpoints, "base": self.checkpoints[:1]}.get(kind)
+        if found is None:
+            found = [folder] if (folder := kind and getattr(self, kind)) else []
+        if not found:
+            raise ValueError(f"method {method!r} is unknown or lacks its model; known are {', '.join(METHODS)}.")
+        return found
+
+    def default_methods(self, source: str) -> list[str]:
+        """All methods whose model and questions are there, but for the slow ones."""
+        given = {"checkpoints", "base"} | {kind for kind in MODES if getattr(self, kind)}
+        passages = {"right", "other", "absent"} if has_absent(source) else {"right", "other"}
+        return [
+            name
+            for name, method in METHODS.items()
+            if method.model in given and method.passage in passages and name not in SLOW
+        ]
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """A model and what it reads: where results go, the digest of all weights that take part, arguments of lm-eval."""
+class Settings:
+    """What all methods of a comparison share.
 
-    output: Path
-    digest: str
-    options: tuple[str, ...]
-
-
-def plan(models: Models, methods: Sequence[str], output: Path) -> Iterator[tuple[str, Evaluation]]:
-    """(method, evaluation) of every method, of each checkpoint where it reads one's cache.
-
-    Raises:
-        ValueError: an unknown method, or one whose model is not given.
+    Args:
+        source, split, path: of the questions, see `read_source`.
+        limit: so many questions, of a sample that is always the same; None: all.
+        seed: of the texts that are drawn beside a question's own.
+        max_new_tokens: most tokens of an answer.
     """
-    for method in methods:
-        if method in CROSS:
-            for checkpoint in models.checkpoints:
-                folder = output / Path(checkpoint).name
-                digest = weights_digest(checkpoint)
-                values = CROSS[method] | {"context_cache_dir": str(folder / f"contexts-{digest[:8]}")}
-                yield method, _evaluation(folder / method, "xcllama", checkpoint, digest, values)
-            continue
-        kind, values = BASELINES.get(method, ("", {}))
-        found = getattr(models, kind) if kind else None
-        if not found:
-            known = ", ".join([*CROSS, *BASELINES])
-            raise ValueError(f"method {method!r} is unknown or lacks its model; known are {known} (see --help).")
-        place = output / "baselines" / method
-        if kind == "checkpoints":
-            yield method, _evaluation(place, "xcllama", found[0], base_digest(found[0]), values)
-        else:
-            name = "fid" if kind == "fid" else "xcllama"
-            yield method, _evaluation(place, name, found, weights_digest(found), values)
 
-
-def _evaluation(output: Path, kind: str, model: str, digest: str, values: dict[str, str]) -> Evaluation:
-    pairs = ",".join(f"{key}={value}" for key, value in {"pretrained": model, **values}.items())
-    template = ("--apply_chat_template",) if kind == "xcllama" else ()
-    return Evaluation(
-        output, digest, ("--model", kind, "--model_args", pairs, "--output_path", str(output), *template)
-    )
-
-
-def weights_digest(model: str) -> str:
-    """Digest of the weights in a folder; of its name where `model` is a Hub id."""
-    digest = hashlib.sha256(model.encode())
-    for path in sorted(Path(model).glob("*.safetensors")):
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
-
-
-def base_digest(checkpoint: str) -> str:
-    """Digest of the frozen decoder of a checkpoint and of its chat template: all that its baselines use of it."""
-    config, template = Path(checkpoint) / "config.json", Path(checkpoint) / "chat_template.jinja"
-    base = json.loads(config.read_text()).get("base_model_digest") if config.is_file() else None
-    if base is None:
-        return weights_digest(checkpoint)
-    return hashlib.sha256((base + (template.read_text() if template.is_file() else "")).encode()).hexdigest()
+    source: str
+    split: str
+    path: str | None = None
+    limit: int | None = None
+    seed: int = 0
+    max_new_tokens: int = 24
 
 
 def compare(
     models: Models,
     methods: Sequence[str],
+    settings: Settings,
     output: Path,
-    tasks: Sequence[str],
-    control_tasks: Sequence[str],
-    arguments: Sequence[str],
-) -> int:
-    """Evaluate `methods` one after the other; what has results of these weights and arguments is not run again.
-
-    Args:
-        control_tasks: of `CONTROLS`, instead of `tasks`.
-        arguments: what all methods share: `--limit`, `--batch_size`, ...
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+) -> list[Path]:
+    """Answer the questions with every method; what these weights answered under these settings is not run again.
 
     Returns:
-        How many evaluations failed.
+        The JSON of each run.
 
     Raises:
-        ValueError: see `plan`.
+        ValueError: see `Models.of` and `read_questions`.
     """
-    failures = 0
-    for method, evaluation in list(plan(models, methods, output)):
-        for task in control_tasks if method in CONTROLS else tasks:
-            asked = [*evaluation.options, "--tasks", task, *arguments, "--log_samples"]
-            done, state = evaluation.output / f"{task}.done", f"{shlex.join(asked)}\n{evaluation.digest}\n"
-            if done.exists() and done.read_text() == state:
-                print(f"{evaluation.output}, {task}: done before")
-                continue
-            print(f"python -m xcllama.evaluation {shlex.join(asked)}", flush=True)
-            if subprocess.run([sys.executable, "-m", "xcllama.evaluation", *asked]).returncode:
-                failures += 1
-            else:
-                done.write_text(state)
-    return failures
+    planned: dict[str, list[str]] = {}
+    for method in methods:
+        for folder in models.of(method):
+            planned.setdefault(folder, []).append(method)
+    questions = read_questions(settings.source, settings.split, settings.path)
+    shelf, asked = Shelf(questions, settings.seed), questions[: settings.limit]
+    place = output / f"{settings.source}-{settings.split}"
+    written = []
+    for folder, own in planned.items():
+        load = _Loaded(folder, dtype, device, settings.max_new_tokens)
+        for method in own:
+            name, digest = identity(folder, METHODS[method].model == "base")
+            path = place / name / f"{method}.json"
+            key = {"weights": digest, "dtype": str(dtype), **asdict(settings), **asdict(METHODS[method])}
+            if not _is_done(path, key):
+                _run(METHODS[method], shelf, asked, load(), path, {"method": method, "model": name, "key": key})
+            written.append(path)
+    return written
+
+
+def identity(folder: str, base: bool = False) -> tuple[str, str]:
+    """(name, digest) of the weights in a folder, or of the base alone that a checkpoint was trained on.
+
+    The chat template counts: it is part of every prompt.
+    """
+    digest, config = (
+        hashlib.sha256(folder.encode() if not Path(folder).is_dir() else b""),
+        Path(folder) / "config.json",
+    )
+    saved = json.loads(config.read_text()) if base and config.is_file() else {}
+    if saved.get("base_model_digest"):
+        name = Path(saved["base_model_name_or_path"]).name
+        digest.update(saved["base_model_digest"].encode())
+    else:
+        name = Path(folder).name
+        for path in sorted(Path(folder).glob("*.safetensors")):
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    if (template := Path(folder) / "chat_template.jinja").is_file():
+        digest.update(template.read_bytes())
+    return name, digest.hexdigest()
+
+
+class _Loaded:
+    """A reader that is loaded when it is first called for."""
+
+    def __init__(self, folder: str, dtype: torch.dtype, device: str, max_new_tokens: int):
+        self._arguments, self._options = (folder, dtype, device), {"max_new_tokens": max_new_tokens}
+        self._reader: Reader | None = None
+
+    def __call__(self) -> Reader:
+        self._reader = self._reader or Reader.load(*self._arguments, **self._options)
+        return self._reader
+
+
+def _is_done(path: Path, key: dict[str, Any]) -> bool:
+    return path.is_file() and json.loads(path.read_text())["key"] == key
+
+
+def _run(method: Method, shelf: Shelf, questions: Sequence, reader: Reader, path: Path, run: dict[str, Any]) -> None:
+    """Answer, score and write; the JSON last, since it says that all is there."""
+    asked = [question for question in questions if method.passage != "absent" or question.absent is not None]
+    requests = [Request(q, shelf.texts_of(q, method.passage, method.documents)) for q in asked]
+    start = perf_counter()
+    answers = reader.answer(requests, method.reads, method.cache_dtype or "bfloat16")
+    seconds = perf_counter() - start
+    lines = []
+    for request, answer in zip(requests, answers, strict=True):
+        accepted = request.question.answers
+        scores = {name: metric(answer.text, accepted, request.texts) for name, metric in ANSWER_METRICS.items()}
+        record = {"id": request.question.id, "question": request.question.question, "answers": accepted}
+        record |= {"prediction": answer.text, **scores, "answer_loss": answer.loss}
+        record |= {"token_scores": [round(score, 5) for score in answer.token_scores]}
+        record |= {"context_tokens": answer.context_tokens, "prompt_tokens": answer.prompt_tokens}
+        lines.append(json.dumps(record, ensure_ascii=False) + "\n")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(lines))
+    os.replace(partial, path.with_suffix(".jsonl"))
+    config = reader.model.config
+    run |= {
+        "base": getattr(config, "base_model_name_or_path", None) or config._name_or_path,
+        "added_digest": reader.model.added_digest() if hasattr(reader.model, "added_digest") else None,
+        "seconds_per_question": seconds / len(requests),
+        **reader.bytes_per_token(method.reads, method.cache_dtype or "bfloat16"),
+    }
+    write_result(path, run, MEASURED, seed=shelf.seed)
+    logger.info(f"{path}: {len(requests)} questions, {seconds / len(requests):.2f} s each")

@@ -1,4 +1,4 @@
-"""The plot of a comparison: quality against the bytes that a context token takes, a panel a task."""
+"""The picture of a comparison: F1 against the bytes that a context token takes, stored and resident."""
 
 from pathlib import Path
 from typing import Any
@@ -10,32 +10,37 @@ from matplotlib import pyplot
 
 # drawn as lines: they keep no context
 CLOSED_BOOK = ("none", "LoRA / none")
-LABELS = {"f1": "token F1", "acc": "accuracy"}
+# the ways to read one right passage; others ask another question of a method
+SHOWN = ("cross", "prompt", "LoRA / prompt", *CLOSED_BOOK)
+SIZES = {
+    "cache_bytes_per_token": "bytes a context token, stored",
+    "resident_bytes_per_token": "bytes a context token, resident while reading",
+}
 
 
 def draw(summary: dict[str, Any], path: Path) -> None:
-    """Write the plot of a summary of `tables.summarize` to a PNG.
+    """Write the picture of a summary of `tables.summarize` to a PNG, a row a task; the prompt stands at the right.
 
     Raises:
-        ValueError: no run has F1 or accuracy.
+        ValueError: no run reads one right passage.
     """
-    scored = [(run, metric) for run in summary["runs"] for metric in LABELS if metric in run["quality"]]
-    tasks = list(dict.fromkeys(run["task"] for run, _ in scored))
+    runs = [run for run in summary["runs"] if run["mode"] in SHOWN]
+    tasks = list(dict.fromkeys(run["task"] for run in runs))
     if not tasks:
-        raise ValueError("there is nothing to plot: no run has F1 or accuracy.")
-    methods = list(dict.fromkeys(run["method"] for run, _ in scored))
+        raise ValueError("there is nothing to plot: no run reads one right passage.")
+    methods = list(dict.fromkeys(run["method"] for run in runs))
     colors = dict(zip(methods, pyplot.get_cmap("tab20").colors * (1 + len(methods) // 20), strict=False))
     figure, panels = pyplot.subplots(
-        1, len(tasks), figsize=(2 + 3 * len(tasks), 5), squeeze=False, layout="constrained"
+        len(tasks), len(SIZES), figsize=(10, 1 + 4 * len(tasks)), squeeze=False, sharey="row", layout="constrained"
     )
     drawn = {}
-    for panel, task in zip(panels[0], tasks, strict=True):
-        for run, metric in scored:
-            if run["task"] == task:
-                drawn[run["method"]] = _draw_run(panel, run, metric, colors[run["method"]])
-                panel.set(title=task.removeprefix("xc_"), ylabel=LABELS[metric])
-        panel.set(xscale="log", xlabel="bytes a context token", ylim=(0, None))
-        panel.grid(alpha=0.3)
+    for row, task in zip(panels, tasks, strict=True):
+        for panel, (size, label) in zip(row, SIZES.items(), strict=True):
+            for run in runs:
+                if run["task"] == task:
+                    drawn[run["method"]] = _draw_run(panel, run, size, colors[run["method"]])
+            panel.set(title=task, ylabel="token F1", xscale="log", xlabel=label, ylim=(0, None))
+            panel.grid(alpha=0.3)
     figure.legend(drawn.values(), drawn, loc="outside lower center", ncols=3, fontsize=7)
     partial = path.with_name(f".{path.name}.partial")
     figure.savefig(partial, dpi=120, format="png")
@@ -43,11 +48,11 @@ def draw(summary: dict[str, Any], path: Path) -> None:
     partial.replace(path)
 
 
-def _draw_run(panel, run: dict[str, Any], metric: str, color) -> Any:
-    figure = run["quality"][metric]
+def _draw_run(panel, run: dict[str, Any], size: str, color) -> Any:
+    figure = run["quality"]["f1"]
     if run["mode"] in CLOSED_BOOK:
         return panel.axhline(figure["value"], color=color, linestyle="--", linewidth=1)
-    low, high = figure["interval"] or (figure["value"], figure["value"])
+    low, high = figure["interval"]
     error = [[figure["value"] - low], [high - figure["value"]]]
-    size = run["cost"]["cache_bytes_per_token"]
-    return panel.errorbar(size, figure["value"], yerr=error, color=color, marker="o", markersize=4, capsize=2)
+    place = run["cost"][size]
+    return panel.errorbar(place, figure["value"], yerr=error, color=color, marker="o", markersize=4, capsize=2)

@@ -1,10 +1,9 @@
-"""From lm-eval's JSON to tables: quality with bootstrap intervals, cost, differences, and what was published.
+"""From the records of a comparison to figures and tables: quality, cost, paired differences, what is not in the text.
 
-runs = load_runs([Path("runs/eval")])
+runs = load_runs(compare(models, methods, settings, output))
 print(markdown(summarize(runs)))
 """
 
-import datetime
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -13,203 +12,177 @@ from typing import Any
 
 import numpy as np
 
-from xcllama.evaluation.cost import COST_METRICS
+from xcllama.evaluation import bootstrap
+from xcllama.evaluation.comparison import METHODS, MODES
+from xcllama.evaluation.metrics import ANSWER_METRICS
+from xcllama.evaluation.not_in_text import not_in_text
 from xcllama.evaluation.targets import targets
 
-QUALITY = ("f1", "acc", "exact_match", "answer_recall", "rouge_l", "bert_score", "meteor", "k_precision",
-           "no_answer_accuracy", "bits_per_byte", "word_perplexity")  # fmt: skip
-RESAMPLES = 10_000
+QUALITY = (*ANSWER_METRICS, "answer_loss")
+COST = ("cache_bytes_per_token", "resident_bytes_per_token", "seconds_per_question")
+COUNTS = ("context_tokens", "prompt_tokens")
 PUBLISHED = Path(__file__).parent / "published.json"
-# what else a run tells of its contexts
-COUNTS = ("contexts", "contexts_encoded", "contexts_from_folder", "cache_bytes_per_token")
-# first minus second, where both were run on the same documents
-DIFFERENCES = (("cross", "none"), ("cross", "prompt"), ("cross", "LoRA / prompt"), ("prompt", "none"),
-               ("LoRA / prompt", "LoRA / none"))  # fmt: skip
-QUANTIZED = ("int8", "int4")
+ABSENT = "_absent"
+# the split on whose questions choices are made
+CHOICES = "dev"
+# methods of which the first minus the second, and the first over the second, says something
+PAIRS = (
+    *(("cross", other) for other in ("none", "prompt", "lora_closed_book", "lora_prompt", "cross_shuffled")),
+    *((f"cross_{changed}", "cross") for changed in ("joined4", "joined16", "int8", "int4")),
+    *((f"cross_joined{count}", f"lora_prompt_joined{count}") for count in (4, 16)),
+    *(("prompt", "none"), ("lora_prompt", "prompt"), ("lora_prompt", "lora_closed_book")),
+)
 
 
 @dataclass(frozen=True)
 class Run:
-    """One task evaluated one way.
+    """What one method answered.
 
     Args:
-        model: name of the model's last folder; of its base, where nothing that was added takes part.
-        base: name of the frozen decoder.
-        mode: its context mode; "LoRA / ..." with an adapter.
-        cache_dtype: of the encoded contexts; None where nothing is encoded.
-        metrics: metric -> (value, standard error or None).
-        samples: metric -> {document: value}; empty without a samples file.
-        config: lm-eval's configuration and the model's own figures.
-        origin: command, commit and date of the run.
+        task: the source of the questions.
+        way: a key of `METHODS`.
+        model: name of the folder that answered, or of the base where nothing was added.
+        figures: of the run's JSON.
+        records: of the questions, by id.
     """
 
     task: str
+    way: str
     model: str
-    base: str
-    mode: str
-    cache_dtype: str | None
-    metrics: dict[str, tuple[float, float | None]]
-    samples: dict[str, dict[int, float]]
-    config: dict[str, Any]
-    origin: dict[str, Any]
+    figures: dict[str, Any]
+    records: dict[str, dict[str, Any]]
+
+    @property
+    def mode(self) -> str:
+        """How it read, its cache's dtype aside; "LoRA / ..." with an adapter."""
+        kind = METHODS[self.way].model
+        if kind in MODES:
+            return MODES[kind] + self.way.removeprefix(kind)
+        return self.way.removesuffix("_int8").removesuffix("_int4")
+
+    @property
+    def cache_dtype(self) -> str | None:
+        """Of the cached states; None where nothing is cached."""
+        return METHODS[self.way].cache_dtype
 
     @property
     def method(self) -> str:
         """What a table's row is called."""
         return " / ".join(part for part in (self.model, self.mode, self.cache_dtype) if part)
 
-
-def load_runs(folders: Iterable[Path]) -> list[Run]:
-    """All runs under some folders; of several of one method and task, the newest.
-
-    Raises:
-        ValueError: a folder without results.
-    """
-    found: dict[tuple[str, str], Run] = {}
-    for folder in folders:
-        paths = sorted(folder.rglob("results_*.json"), key=lambda path: json.loads(path.read_text())["date"])
-        if not paths:
-            raise ValueError(f"no results_*.json under {folder}; give the --output_path of an evaluation.")
-        for path in paths:
-            for run in _runs_of(path):
-                found[run.method, run.task] = run
-    return list(found.values())
+    def values(self, metric: str, ids: Iterable[str]) -> list[float]:
+        """A metric of some questions."""
+        return [self.records[i][metric] for i in ids]
 
 
-def _runs_of(path: Path) -> list[Run]:
-    document = json.loads(path.read_text())
-    config = document["config"]
-    arguments = config["model_args"]
-    folder = Path(arguments.get("peft") or arguments.get("pretrained", config["model"]))
-    # RUN/export is what training wrote of a run
-    name = folder.parent.name if folder.name == "export" else folder.name
-    mode, base = config.get("context_mode", "prompt"), Path(config.get("base_model") or name).name
-    if config.get("adapter"):
-        mode = f"LoRA / {mode}"
-    elif mode in ("prompt", "prompt_kv", "none"):
-        name = base
-    versions = {key: value for key, value in document.items() if key.endswith("_version")}
-    origin = {
-        "command": config.get("command"),
-        "commit": document.get("git_hash"),
-        "date": datetime.datetime.fromtimestamp(document["date"], datetime.UTC).isoformat(timespec="seconds"),
-        "seed": config.get("torch_seed"),
-        "batch_size": config.get("batch_size"),
-        "versions": versions,
-    }
+def load_runs(paths: Iterable[Path]) -> list[Run]:
+    """The runs of `compare`, each with its records."""
     runs = []
-    for task, figures in document["results"].items():
-        metrics = {}
-        for key, value in figures.items():
-            metric, _, suffix = key.partition(",")
-            if suffix and not metric.endswith("_stderr") and metric in (*QUALITY, *COST_METRICS):
-                error = figures.get(f"{metric}_stderr,{suffix}")
-                metrics[metric] = (value, error if isinstance(error, int | float) else None)
-        file = document.get("samples_files", {}).get(task)
-        samples = {} if file is None else _samples(path.parent / file, tuple(metrics))
-        runs.append(Run(task, name, base, mode, config.get("cache_dtype"), metrics, samples, config, origin))
+    for path in paths:
+        figures = json.loads(path.read_text())
+        lines = path.with_suffix(".jsonl").read_text().splitlines()
+        records = {record["id"]: record for record in map(json.loads, lines)}
+        runs.append(Run(figures["key"]["source"], figures["method"], figures["model"], figures, records))
     return runs
 
 
-def _samples(path: Path, metrics: tuple[str, ...]) -> dict[str, dict[int, float]]:
-    """Per-document values of a samples file."""
-    values: dict[str, dict[int, float]] = {}
-    for line in path.read_text().splitlines():
-        sample = json.loads(line)
-        for metric in metrics:
-            if isinstance(sample.get(metric), int | float):
-                values.setdefault(metric, {})[sample["doc_id"]] = float(sample[metric])
-    return values
+def answers_of(runs: Sequence[Run], folder: str) -> list[dict[str, Any]]:
+    """The records from which a checkpoint's threshold is chosen: answers from its own cache on the split dev.
+
+    Raises:
+        ValueError: there are none.
+    """
+    run = next((run for run in runs if (run.way, run.model) == ("cross", Path(folder).name)), None)
+    if run is None or run.figures["key"]["split"] != CHOICES:
+        raise ValueError(f"a threshold for {folder} needs its answers by the method 'cross' on the split {CHOICES!r}.")
+    return list(run.records.values())
 
 
-def bootstrap_interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
-    """95 % percentile interval of the mean over documents."""
-    array = np.asarray(values, dtype=np.float64)
-    generator = np.random.default_rng(seed)
-    means = [array[generator.integers(0, len(array), len(array))].mean() for _ in range(RESAMPLES)]
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)
+def summarize(runs: Sequence[Run], thresholds: dict[str, float | None] | None = None) -> dict[str, Any]:
+    """Figures of all runs, paired differences, what the project aims at, and the published figures apart.
+
+    Args:
+        thresholds: model -> what its answers were declined below, chosen on the split for choices; on that split, and
+            without one, a threshold is chosen on the answers themselves.
+    """
+    shown = [run for run in runs if not run.way.endswith(ABSENT)]
+    entries = [_entry(run) for run in sorted(shown, key=lambda run: (run.task, run.method))]
+    absence = [entry for run in runs if (entry := _absence(run, runs, thresholds or {})) is not None]
+    return {
+        "runs": entries,
+        "differences": differences(shown),
+        "not_in_text": absence,
+        "targets": targets(entries, absence),
+        "published": json.loads(PUBLISHED.read_text()),
+    }
 
 
-def interval(run: Run, metric: str) -> tuple[float, float] | None:
-    """The bootstrap interval of a metric; from its standard error where no samples were logged."""
-    if metric in run.samples:
-        return bootstrap_interval(list(run.samples[metric].values()))
-    value, error = run.metrics[metric]
-    return None if error is None else (value - 1.96 * error, value + 1.96 * error)
+def _entry(run: Run) -> dict[str, Any]:
+    quality = {metric: bootstrap.mean(run.values(metric, run.records)).as_dict() for metric in QUALITY}
+    counts = {name: float(np.mean(run.values(name, run.records))) for name in COUNTS}
+    key, origin = run.figures["key"], run.figures["provenance"]
+    return {
+        "task": run.task,
+        "method": run.method,
+        "model": run.model,
+        "mode": run.mode,
+        "cache_dtype": run.cache_dtype,
+        "added_digest": run.figures["added_digest"],
+        "split": key["split"],
+        "limit": key["limit"],
+        "quality": quality,
+        "cost": counts | {name: run.figures[name] for name in COST},
+        "origin": {name: origin.get(name) for name in ("command", "commit", "dirty", "date", "machine")},
+    }
 
 
-def summarize(runs: Sequence[Run]) -> dict[str, Any]:
-    """Figures of all runs, paired differences, what the project aims at, and the published figures apart."""
-    entries = []
-    for run in sorted(runs, key=lambda run: (run.task, run.method)):
-        cost = {metric: run.metrics[metric][0] for metric in COST_METRICS if metric in run.metrics}
-        entries.append(
-            {
-                "task": run.task,
-                "method": run.method,
-                "model": run.model,
-                "mode": run.mode,
-                "cache_dtype": run.cache_dtype,
-                "added_digest": run.config.get("added_digest"),
-                "limit": run.config.get("limit"),
-                "quality": {metric: _figure(run, metric) for metric in QUALITY if metric in run.metrics},
-                "cost": cost | {name: run.config.get(name) for name in COUNTS},
-                "origin": run.origin,
-            }
-        )
-    published = json.loads(PUBLISHED.read_text())
-    return {"runs": entries, "differences": differences(runs), "targets": targets(entries), "published": published}
+def _absence(run: Run, runs: Sequence[Run], thresholds: dict[str, float | None]) -> dict[str, Any] | None:
+    """The figures of a run on passages that do not answer, with the run on those that do."""
+    way = run.way.removesuffix(ABSENT)
+    right = next((r for r in runs if (r.task, r.model, r.way) == (run.task, run.model, way)), None)
+    if way == run.way or right is None:
+        return None
+    threshold = None if run.figures["key"]["split"] == CHOICES else thresholds.get(run.model)
+    found = not_in_text(list(right.records.values()), list(run.records.values()), threshold)
+    return {"task": run.task, "method": right.method, "model": run.model, "mode": right.mode, **found}
 
 
-def _figure(run: Run, metric: str) -> dict[str, Any]:
-    count = len(run.samples.get(metric, ())) or None
-    source = "bootstrap" if metric in run.samples else "standard error"
-    return {"value": run.metrics[metric][0], "interval": interval(run, metric), "from": source, "documents": count}
-
-
-def differences(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Paired differences of F1 or accuracy between methods on one base, over the documents that both answered."""
+def differences(runs: Sequence[Run], metric: str = "f1") -> list[dict[str, Any]]:
+    """Paired differences and ratios of a metric, over the questions that both methods answered."""
     found = []
     for first in runs:
         for second in runs:
-            if (first.task, first.base) != (second.task, second.base) or not _compared(first, second):
+            if first.task != second.task or not _compared(first, second):
                 continue
-            metric = next((name for name in QUALITY if name in first.samples and name in second.samples), None)
-            if metric is None:
-                continue
-            both = sorted(set(first.samples[metric]) & set(second.samples[metric]))
-            values = [first.samples[metric][doc] - second.samples[metric][doc] for doc in both]
-            if values:
-                entry = {"task": first.task, "first": first.method, "second": second.method, "metric": metric}
-                entry |= {"difference": float(np.mean(values)), "interval": bootstrap_interval(values)}
-                found.append(entry | {"documents": len(both)})
+            both = sorted(first.records.keys() & second.records.keys())
+            pair = first.values(metric, both), second.values(metric, both)
+            difference = bootstrap.difference(*pair)
+            entry = {"task": first.task, "first": first.method, "second": second.method, "metric": metric}
+            entry |= {"difference": difference.value, "interval": [difference.low, difference.high]}
+            ratio = bootstrap.ratio(*pair)
+            found.append(entry | {"ratio": ratio and ratio.as_dict(), "documents": len(both)})
     return found
 
 
 def _compared(first: Run, second: Run) -> bool:
     """Whether `first` minus `second` says something."""
-    exact = first.cache_dtype not in QUANTIZED
-    if first.model == second.model and first.mode == "cross":
-        if second.mode == "cross_shuffled":
-            return first.cache_dtype == second.cache_dtype
-        if second.mode == "cross":
-            return not exact and second.cache_dtype not in QUANTIZED
-    if first.mode == second.mode == "cross":
-        return first.model > second.model and exact and first.cache_dtype == second.cache_dtype
-    return exact and (first.mode, second.mode) in DIFFERENCES
+    if first.way == second.way == "cross":
+        return first.model > second.model
+    own = METHODS[first.way].model == METHODS[second.way].model == "checkpoints"
+    return (first.way, second.way) in PAIRS and (not own or first.model == second.model)
 
 
 def markdown(summary: dict[str, Any]) -> str:
     """The tables of a summary."""
     runs = summary["runs"]
     parts = ["## Measured here\n"]
-    for title, metrics in (("F1, or accuracy of yes and no", ("f1", "acc")), ("BERTScore", ("bert_score",))):
-        if any(metric in run["quality"] for run in runs for metric in metrics):
-            parts += [f"{title} (95 % bootstrap interval over documents)\n", _quality_table(runs, metrics)]
-    parts += ["Cost, means over the documents of all tasks; seconds are those of a whole batch\n", _cost_table(runs)]
+    parts += ["F1 (95 % bootstrap interval over questions)\n", _quality_table(runs)]
+    parts += ["Cost, means over the questions of all tasks\n", _cost_table(runs)]
     if summary["differences"]:
-        parts += ["Paired differences on the same documents\n", _difference_table(summary["differences"])]
+        parts += ["Paired differences and ratios on the same questions\n", _difference_table(summary["differences"])]
+    if summary["not_in_text"]:
+        parts += ["Not in the text: the same questions on another passage of their article\n"]
+        parts += [_absence_table(summary["not_in_text"])]
     if summary["targets"]:
         parts += ["Targets\n", _target_table(summary["targets"])]
     return "\n".join([*parts, _published_table(summary["published"])])
@@ -220,33 +193,39 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
-def _quality_table(runs: list[dict], metrics: tuple[str, ...]) -> str:
-    tasks = [task for task in dict.fromkeys(run["task"] for run in runs)]
+def _with_interval(figure: dict[str, Any] | None, form: str = "{:.3f}") -> str:
+    if figure is None:
+        return ""
+    low, high = figure["interval"]
+    return f"{form} [{form}, {form}]".format(figure["value"], low, high)
+
+
+def _quality_table(runs: list[dict]) -> str:
+    tasks = list(dict.fromkeys(run["task"] for run in runs))
     cells: dict[str, dict[str, str]] = {}
     for run in runs:
-        figure = next((run["quality"][metric] for metric in metrics if metric in run["quality"]), None)
-        if figure is not None:
-            text = f"{figure['value']:.3f}"
-            if figure["interval"]:
-                text += f" [{figure['interval'][0]:.3f}, {figure['interval'][1]:.3f}]"
-            cells.setdefault(run["method"], {})[run["task"]] = text
-    tasks = [task for task in tasks if any(task in row for row in cells.values())]
-    names = [task.removeprefix("xc_") for task in tasks]
-    return _table(
-        ["method", *names], ([method, *(row.get(task, "") for task in tasks)] for method, row in cells.items())
-    )
+        cells.setdefault(run["method"], {})[run["task"]] = _with_interval(run["quality"]["f1"])
+    return _table(["method", *tasks], ([name, *(row.get(task, "") for task in tasks)] for name, row in cells.items()))
+
+
+def _absence_table(entries: list[dict]) -> str:
+    rows = []
+    for entry in entries:
+        aurocs = (_with_interval(figure) for figure in entry["auroc"].values())
+        threshold = f"{entry['threshold']:.3f}{', chosen on these' * entry['threshold_chosen_here']}"
+        shares = (_with_interval(entry[name]) for name in ("declined", "answerable_lost", "f1_with_declined"))
+        rows.append([entry["method"], entry["task"], *aurocs, threshold, *shares])
+    summaries = [f"AUROC, {name}" for name in entries[0]["auroc"]]
+    header = ["method", "task", *summaries, "threshold", "declined", "answerable declined", "F1 of the answerable"]
+    return _table(header, rows)
 
 
 COST_COLUMNS = {
-    "cache_bytes_per_token": ("bytes a token", "{:.0f}"),
+    "cache_bytes_per_token": ("bytes a token, stored", "{:.0f}"),
+    "resident_bytes_per_token": ("resident", "{:.0f}"),
     "context_tokens": ("context tokens", "{:.0f}"),
     "prompt_tokens": ("prompt tokens", "{:.0f}"),
-    "cache_bytes": ("cache bytes", "{:.0f}"),
-    "cache_hit": ("hits", "{:.2f}"),
-    "time_to_first_token": ("s to first token", "{:.3f}"),
-    "generated_tokens": ("generated tokens", "{:.1f}"),
-    "contexts_encoded": ("contexts encoded", "{:.0f}"),
-    "contexts_from_folder": ("from the folder", "{:.0f}"),
+    "seconds_per_question": ("seconds a question", "{:.2f}"),
 }
 
 
@@ -263,18 +242,17 @@ def _cost_table(runs: list[dict]) -> str:
 
 
 def _difference_table(entries: list[dict]) -> str:
-    rows = [
-        [entry["task"].removeprefix("xc_"), f"{entry['first']} - {entry['second']}", entry["metric"],
-         f"{entry['difference']:+.3f} [{entry['interval'][0]:+.3f}, {entry['interval'][1]:+.3f}]",
-         str(entry["documents"])]
-        for entry in entries
-    ]  # fmt: skip
-    return _table(["task", "difference", "metric", "value", "documents"], rows)
+    rows = []
+    for entry in entries:
+        difference = _with_interval({"value": entry["difference"], "interval": entry["interval"]}, "{:+.3f}")
+        names = f"{entry['first']} - {entry['second']}"
+        rows.append([entry["task"], names, difference, _with_interval(entry["ratio"]), str(entry["documents"])])
+    return _table(["task", "methods", "difference of F1", "ratio", "questions"], rows)
 
 
 def _target_table(entries: list[dict]) -> str:
     rows = [
-        [entry["model"], entry["task"].removeprefix("xc_"), entry["target"], f"{entry['value']:.3f}",
+        [entry["model"], entry["task"], entry["target"], f"{entry['value']:.3f}",
          f"{entry['relation']} {entry['required']:.3f}", "yes" if entry["met"] else "no"]
         for entry in entries
     ]  # fmt: skip

@@ -171,7 +171,7 @@ def training_values(folder: Path, bases: list[str], digest: str, results: Path, 
     """What every card of something trained says of it.
 
     Args:
-        folder: training.json and recipe.yaml, as scripts/train.py exports them.
+        folder: training.json and recipe.yaml, as `xcllama train` exports them.
         bases: the decoder and, where there is one, the encoder.
         digest: of the decoder's weights.
 
@@ -180,7 +180,7 @@ def training_values(folder: Path, bases: list[str], digest: str, results: Path, 
     """
     for file in ("training.json", "recipe.yaml"):
         if not (folder / file).is_file():
-            raise ValueError(f"{folder} has no {file}, which fills its card; export it with scripts/train.py.")
+            raise ValueError(f"{folder} has no {file}, which fills its card; export it with `xcllama train`.")
     trained = json.loads((folder / "training.json").read_text())
     recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
     for base in bases if repo_id is not None else ():
@@ -288,7 +288,7 @@ def adapter_card(folder: Path, results: Path, repo_id: str | None = None) -> str
 
 
 def readme(folder: Path, results: Path) -> str:
-    """The card of a folder that scripts/train.py exported, as it lies there.
+    """The card of a folder that `xcllama train` exported, as it lies there.
 
     Raises:
         ValueError: an empty slot, or files that are missing.

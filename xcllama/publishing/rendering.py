@@ -7,6 +7,8 @@ from typing import Any
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, UndefinedError
 
+from xcllama.provenance import caption
+
 FOLDER = files("xcllama.templates")
 HEADER = re.compile(r"---\n(.*?)\n---\n", re.DOTALL)
 EMPTY_SLOT = re.compile(r"\{\{|\{%|\[More Information Needed\]|\bNone\b|\bnan\b|``(?!`)|\(\)")
@@ -22,6 +24,7 @@ def render(template: str, values: dict[str, Any]) -> str:
         loader=FileSystemLoader(FOLDER), undefined=StrictUndefined, finalize=_filled, trim_blocks=True,
         lstrip_blocks=True, keep_trailing_newline=True,
     )  # fmt: skip
+    environment.globals["caption"] = caption
     try:
         text = environment.get_template(template).render(values)
     except (UndefinedError, ValueError) as error:

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+RECIPES = Path(__file__).parent / "recipes"
 METHODS = ("cross_attention", "lora_prompt", "lora_closed_book")
 TASKS = ("answer", "question", "cloze", "phrase_question", "phrase_cloze", "completion", "infilling", "repetition")
 SCHEDULES = ("linear", "cosine", "constant")
@@ -253,7 +254,10 @@ class Recipe:
 
 
 def load_recipe(path: str | Path) -> Recipe:
-    """Read a recipe file; what it does not say is as in the file beside it that its `extends` names, field by field.
+    """Read a recipe; what it does not say is as in the file beside it that its `extends` names, field by field.
+
+    Args:
+        path: a YAML file, or the name of a recipe of this project.
 
     Raises:
         ValueError: no such file, no mapping, an unknown or missing field, a value out of range.
@@ -266,8 +270,10 @@ def _read(path: Path, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
     if path.resolve() in extended_by:
         raise ValueError(f"`extends` goes in a circle: {' -> '.join(file.name for file in (*extended_by, path))}.")
     if not path.is_file():
-        known = sorted(file.stem for file in (Path(__file__).parent / "recipes").glob("*.yaml"))
-        raise ValueError(f"No recipe file {str(path)!r}; recipes of this project: {', '.join(known)}.")
+        known = {file.stem: file for file in RECIPES.glob("*.yaml")}
+        if str(path) in known:
+            return _read(known[str(path)], extended_by)
+        raise ValueError(f"No recipe file {str(path)!r}; recipes of this project: {', '.join(sorted(known))}.")
     try:
         values = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:

@@ -1,4 +1,4 @@
-"""From a recipe to a trained, exported model: what `scripts/train.py` does."""
+"""From a recipe to a trained, exported model: what `xcllama train` does."""
 
 import logging
 from collections.abc import Callable

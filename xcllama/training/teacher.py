@@ -13,6 +13,7 @@ from modeling_xcllama.checkpoints import find_model
 from modeling_xcllama.context_cache import ProjectedContext
 from modeling_xcllama.context_encoding import pad_right
 from modeling_xcllama.context_projection import ReadingPlan
+from modeling_xcllama.cross_attention import resolve_implementation
 from xcllama.training.recipe import Recipe
 
 
@@ -92,7 +93,8 @@ class Teacher:
 
         keys, values = zip(*((packed(layer.keys), packed(layer.values)) for layer in past.layers), strict=True)
         projections = self.model.model.context_projections
-        return ProjectedContext(keys, values, plan.rows, None, projections, longest=plan.longest)
+        implementation = resolve_implementation(self.model.config.cross_attn_implementation, keys[0].device)
+        return ProjectedContext(keys, values, plan.rows, None, projections, implementation)
 
 
 @torch.no_grad()

@@ -1,21 +1,14 @@
-"""Fill README.md's tables and the cards in checkpoints/ from configs and results/*.json; `--check` only compares.
+"""The tables of README.md and docs/, each made from configs or one file of results/."""
 
-    python scripts/render_readme.py [--check]
-
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`; what is not measured yet says so.
-"""
-
-import argparse
-import re
-import sys
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 from transformers import BertConfig
 
 from modeling_xcllama import XCLlamaConfig
+from xcllama.provenance import age, caption
 from xcllama.publishing.costs import cache_bytes, key_value_bytes
-from xcllama.publishing.model_card import read_result, readme, scored_runs
+from xcllama.publishing.model_card import DEFAULT, read_result, scored_runs
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
@@ -26,6 +19,10 @@ DECODERS = {
     "SmolLM2-135M": (30, 9, 3, 64, 576),
 }
 MINILM_WIDTH = 384
+# what the short tables of README show
+QUALITY_TASK = "squad_sample"
+REQUESTS = ("hidden 16-bit, file warm", "hidden int8, file warm", "condensed 16-bit, file warm",
+            "KV prefix, file warm", "llama.cpp, slot restored", "text in the prompt")  # fmt: skip
 
 
 def decoder_config(name: str, **fields) -> XCLlamaConfig:
@@ -65,11 +62,24 @@ def bytes_table() -> str:
     return "\n".join(lines)
 
 
-def source(name: str, result: dict) -> str:
-    """One line that says where a table comes from."""
-    run = result["provenance"]
-    made = f"`{run['command']}`, commit {run['commit'][:10]}, {run['date'][:10]}, {run['machine']}"
-    return f"\n`results/{name}.json`: {made}."
+def source(name: str, result: dict[str, Any], rows: list[dict[str, Any] | None] = ()) -> str:
+    """Where a table comes from, a line for each state of the code that its rows were measured at.
+
+    Args:
+        rows: what rows that were measured apart say of it; None or {}: nothing of their own.
+    """
+    own = ("commit", "dirty", "code", "machine", "cpu_capability", "date")
+    states: dict[tuple, list[dict[str, Any]]] = {}
+    for row in rows or [{}]:
+        # rows of before did not say of what code they are
+        made = row if row and "code" in row else {}
+        run = result["provenance"] | {field: made[field] for field in own if field in made}
+        states.setdefault((run["commit"], run["dirty"], run["machine"], str(run.get("code"))), []).append(run)
+    lines = []
+    for runs in states.values():
+        part = f" ({len(runs)} rows)" if len(states) > 1 else ""
+        lines.append(f"\n`results/{name}.json`{part}: {caption(runs[-1])}, {age(runs[-1])}.")
+    return "\n".join(lines)
 
 
 def cell(value: float | None, form: str) -> str:
@@ -103,11 +113,12 @@ def demo_table() -> str:
     return "\n".join(lines) + "\n" + source("demo", result)
 
 
-def evaluation_table(name: str = "eval_xc-smollm2-135m", target: str = "evaluate-small") -> str:
+def evaluation_table() -> str:
     """Quality and cost of every method on the held-out questions, and what the project aims at."""
+    name = f"eval_{DEFAULT}"
     result = read_result(RESULTS, name)
     if result is None:
-        return f"Not measured yet: `make {target}`."
+        return "Not measured yet: `make evaluate-test`."
     lines = [
         "| method | task | questions | F1 or accuracy | 95 % interval | exact | bytes a token |",
         "|---|---|" + "---:|" * 5,
@@ -127,28 +138,40 @@ def evaluation_table(name: str = "eval_xc-smollm2-135m", target: str = "evaluate
             f"| {aim['relation']} {aim['required']:.3f} | {'yes' if aim['met'] else 'no'} |"
             for aim in aims
         ]
-    return "\n".join(lines) + "\n" + source(name, result)
+    return "\n".join(lines) + "\n" + source(name, result, [run["origin"] for run in result["runs"]])
 
 
-def offline_table() -> str:
-    """What each mode of the evaluation did in its shown run: tasks, contexts encoded or found on disk, cost."""
-    name = "eval_offline_limit20"
+def questions_seen(model: str) -> int | None:
+    """How many questions a checkpoint or adapter saw in training; 0: it is no trained one, None: not recorded."""
+    trained = read_result(ROOT / "checkpoints" / model, "training")
+    if trained is None:
+        return 0
+    counts = [stage.get("questions") for stage in trained["stages"]]
+    return None if None in counts else sum(counts)
+
+
+def quality_table() -> str:
+    """The main task of the evaluation alone, with the questions that each method saw in training."""
+    name = f"eval_{DEFAULT}"
     result = read_result(RESULTS, name)
     if result is None:
-        return "Not measured yet: `make evaluate-offline`."
-    fields = {"context_tokens": ",.0f", "cache_bytes_per_token": ",.0f"}
-    lines = [
-        "| method | tasks | contexts encoded | from the folder | context tokens | bytes a token |",
-        "|---|" + "---:|" * 5,
-    ]
-    for method in dict.fromkeys(run["method"] for run in result["runs"]):
-        costs = [run["cost"] for run in result["runs"] if run["method"] == method]
-        cells = [str(costs[0][field] or 0) for field in ("contexts_encoded", "contexts_from_folder")]
-        for field, form in fields.items():
-            known = [cost[field] for cost in costs if cost.get(field) is not None]
-            cells.append(cell(sum(known) / len(known) if known else None, form))
-        lines.append(f"| {method} | {len(costs)} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n" + source(name, result)
+        return "Not measured yet: `make evaluate-test`."
+    lines = ["| method | F1 | 95 % interval | questions seen in training | bytes a token |", "|---|" + "---:|" * 4]
+    shown = [run for run in scored_runs(result) if run["task"] == QUALITY_TASK]
+    # quantized caches but of the default checkpoint, and controls, stand in docs/results.md
+    shown = [run for run in shown if run["mode"] != "cross_shuffled"]
+    shown = [run for run in shown if run["model"] == DEFAULT or run["cache_dtype"] not in ("int8", "int4")]
+    for run in shown[:10]:
+        low, high = run["score"]["interval"]
+        seen = questions_seen(run["model"])
+        lines.append(
+            f"| {run['method']} | {run['score']['value']:.3f} | {low:.3f} to {high:.3f} "
+            f"| {'not recorded' if seen is None else format(seen, ',')} "
+            f"| {cell(run['cost'].get('cache_bytes_per_token'), ',.0f')} |"
+        )
+    documents = shown[0]["score"]["documents"]
+    lines += ["", f"{documents} questions of `{QUALITY_TASK}`."]
+    return "\n".join(lines) + "\n" + source(name, result, [run["origin"] for run in shown])
 
 
 def ablations_table() -> str:
@@ -168,7 +191,36 @@ def ablations_table() -> str:
             f"| {row['row']} | {row['parameters']['trained']:,} | {loss['right_context']:.3f} "
             f"| {loss['wrong_context']:.3f} | {row['answers']['f1']:.3f} | {low:.3f} to {high:.3f} |"
         )
-    return "\n".join(lines) + "\n" + source("ablations", result)
+    return "\n".join(lines) + "\n" + source("ablations", result, [row.get("provenance") for row in result["rows"]])
+
+
+def request_lines(result: dict[str, Any], only: tuple[str, ...] | None = None) -> list[str]:
+    """Latency and bytes of requests at 4,096 tokens, or at the longest context that was measured."""
+    measured = [int(name.split("_")[1]) for name in result if name.startswith("context_") and name[8:].isdecimal()]
+    length = 4096 if 4096 in measured else max(measured)
+    lines = [
+        f"| {length:,} tokens of context, one request | first token | a token after it | on disk | keys and values |",
+        "|---|" + "---:|" * 4,
+    ]
+    requests = result[f"context_{length}"]["requests"]
+    for name in only or requests:
+        if name not in requests:
+            continue
+        row = requests[name]
+        times = (row.get(field, {}).get("median") for field in ("first_token_seconds", "step_seconds"))
+        sizes = (row.get(field) for field in ("file_bytes", "resident_bytes"))
+        cells = ["" if seconds is None else f"{1000 * seconds:,.1f} ms" for seconds in times]
+        cells += ["" if size is None else f"{size / 2**20:,.1f} MiB" for size in sizes]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def requests_table() -> str:
+    """Of the speed table the requests that a user chooses between."""
+    result = read_result(RESULTS, "benchmark")
+    if result is None:
+        return "Not measured yet: `make bench`."
+    return "\n".join(request_lines(result, REQUESTS)) + "\n" + source("benchmark", result)
 
 
 def speed_table() -> str:
@@ -176,18 +228,7 @@ def speed_table() -> str:
     result = read_result(RESULTS, "benchmark")
     if result is None:
         return "Not measured yet: `make bench`."
-    measured = [int(name.split("_")[1]) for name in result if name.startswith("context_") and name[8:].isdecimal()]
-    length = 4096 if 4096 in measured else max(measured)
-    lines = [
-        f"| {length:,} tokens of context, one request | first token | a token after it | on disk | keys and values |",
-        "|---|" + "---:|" * 4,
-    ]
-    for name, row in result[f"context_{length}"]["requests"].items():
-        times = (row.get(field, {}).get("median") for field in ("first_token_seconds", "step_seconds"))
-        sizes = (row.get(field) for field in ("file_bytes", "resident_bytes"))
-        cells = ["" if seconds is None else f"{1000 * seconds:,.1f} ms" for seconds in times]
-        cells += ["" if size is None else f"{size / 2**20:,.1f} MiB" for size in sizes]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    lines = request_lines(result)
     lines += ["", "| ratio | measured | target |", "|---|---:|---:|"]
     for name, row in result["ratios"].items():
         if row["target"] is not None:
@@ -268,53 +309,43 @@ def kernels_table() -> str:
         times = {row["bits"]: row["decode_us"] for row in rows if (row["batch"], row["context"]) == (batch, context)}
         cells = [f"{times[bits][chip]:,.1f} us" for chip in ("H100", "MI300X") for bits in (0, 8, 4)]
         lines.append(f"| {batch} x {context:,} tokens of context | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n" + source(name, {"provenance": result})
+    return "\n".join(lines) + "\n" + source(name, result)
+
+
+def headline_table() -> str:
+    """What a cache costs and gives beside the same text in the prompt."""
+    evaluation, benchmark = read_result(RESULTS, f"eval_{DEFAULT}"), read_result(RESULTS, "benchmark")
+    if evaluation is None or benchmark is None:
+        return "Not measured yet: `make evaluate-test bench`."
+    runs = {run["method"]: run for run in scored_runs(evaluation) if run["task"] == QUALITY_TASK}
+    requests = benchmark["context_4096"]["requests"]
+    columns = {
+        "text in the prompt": ("lora-prompt / LoRA / prompt", "text in the prompt"),
+        "context cache": (f"{DEFAULT} / cross / bfloat16", "hidden 16-bit, file warm"),
+        "context cache, int8": (f"{DEFAULT} / cross / int8", "hidden int8, file warm"),
+    }
+    figures = [(runs[method], requests[request]) for method, request in columns.values()]
+    lines = [f"| | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
+    rows = {
+        "bytes a token": [f"{run['cost']['cache_bytes_per_token']:,.0f}" for run, _ in figures],
+        f"F1, `{QUALITY_TASK}`": [f"{run['score']['value']:.3f}" for run, _ in figures],
+        "first token, 4,096 tokens of context": [
+            f"{1000 * row['first_token_seconds']['median']:,.0f} ms" for _, row in figures
+        ],
+        "a token after it": [f"{1000 * row['step_seconds']['median']:,.0f} ms" for _, row in figures],
+    }
+    return "\n".join([*lines, *(f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items())])
 
 
 TABLES = {
+    "headline": headline_table,
+    "quality": quality_table,
+    "requests": requests_table,
     "bytes": bytes_table,
     "demo": demo_table,
     "evaluation": evaluation_table,
-    "layouts": partial(evaluation_table, "layouts/eval_xc-smollm2-135m", "evaluate-layouts"),
     "ablations": ablations_table,
-    "offline": offline_table,
     "store": store_table,
     "speed": speed_table,
     "kernels": kernels_table,
 }
-
-
-def render(text: str) -> str:
-    """`text` with every table made anew.
-
-    Raises:
-        ValueError: a table that this script does not know.
-    """
-
-    def fill(match: re.Match) -> str:
-        name = match.group(1)
-        if name not in TABLES:
-            raise ValueError(f"README names the table {name!r}; known are {', '.join(TABLES)}.")
-        return f"<!-- table: {name} -->\n{TABLES[name]()}\n<!-- end -->"
-
-    return re.sub(r"<!-- table: (\w+) -->\n.*?<!-- end -->", fill, text, flags=re.DOTALL)
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="exit 1 if the tables are out of date; change nothing")
-    arguments = parser.parse_args()
-    path = ROOT / "README.md"
-    texts = {path: render(path.read_text())}
-    texts |= {folder / "README.md": readme(folder, RESULTS) for folder in sorted((ROOT / "checkpoints").glob("*/"))}
-    old = [path.relative_to(ROOT) for path, text in texts.items() if not path.is_file() or path.read_text() != text]
-    if arguments.check:
-        print(*(f"{path} is out of date: python scripts/render_readme.py" for path in old), sep="\n")
-        return int(bool(old))
-    for path, text in texts.items():
-        path.write_text(text)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
