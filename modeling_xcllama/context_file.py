@@ -8,16 +8,14 @@ ValueError.
 
 import hashlib
 import json
-import os
-import secrets
 from itertools import pairwise
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from .atomic_file import save_tensors
 from .quantized_tensor import QuantizedTensor
 
 FORMAT = "xcllama-context-cache"
@@ -32,15 +30,7 @@ HEADER_FIELDS = ("format_version", "layout", "dtype", "fingerprint")
 
 def write_file(path: Path, header: dict[str, str], tensors: dict[str, Tensor]) -> None:
     """Write `tensors` under `header` and its checksum: readers see the old file or the new one, never a part."""
-    header = header | {"checksum": checksum(header, tensors)}
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
-    try:
-        save_file(tensors, partial, metadata=header)
-        with open(partial, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    save_tensors(path, tensors, header | {"checksum": checksum(header, tensors)})
 
 
 def read_file(path: Path, verify: bool) -> tuple[dict[str, str], dict[str, Tensor]]:

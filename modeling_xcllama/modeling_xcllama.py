@@ -2,13 +2,11 @@
 
 import json
 import os
-import secrets
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import Cache
@@ -18,6 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaRota
 from transformers.utils import can_return_tuple, logging
 
 from .added_modules import ADDED_PREFIXES
+from .atomic_file import save_tensors
 from .configuration_xcllama import XCLlamaConfig
 from .context_cache import ContextCache, ProjectedContext
 from .context_encoding import bare_encoder
@@ -245,12 +244,7 @@ class XCLlamaForCausalLM(ContextGenerationMixin, XCLlamaPreTrainedModel, LlamaFo
         # as `save_pretrained` does: the dtype of what is saved, whatever the frozen weights have
         for config in filter(None, (self.config, self.config.encoder_config)):
             config.dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-        partial = folder / f".{WEIGHTS_NAME}.{secrets.token_hex(4)}.partial"
-        try:
-            save_file(tensors, partial, metadata={"format": "pt"})
-            os.replace(partial, folder / WEIGHTS_NAME)
-        finally:
-            partial.unlink(missing_ok=True)
+        save_tensors(folder / WEIGHTS_NAME, tensors, {"format": "pt"})
         self.config.save_pretrained(folder)
         # the added weights are no complete model: no remote code beside them
         (folder / "configuration_xcllama.py").unlink(missing_ok=True)
