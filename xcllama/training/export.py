@@ -17,10 +17,13 @@ from xcllama.training.build import load_processor, parameter_counts
 from xcllama.training.checkpoints import checkpoints, write_json
 from xcllama.training.curve import write_curve
 from xcllama.training.evaluation import answer_losses, read_held_out
+from xcllama.training.examples import ExamplePlan
 from xcllama.training.loop import read_log
 from xcllama.training.objectives import Objective
+from xcllama.training.passages import read_passages
 from xcllama.training.prompts import Prompts
-from xcllama.training.recipe import Recipe
+from xcllama.training.recipe import Recipe, recipe_from_dict
+from xcllama.training.renaming import with_renamed
 from xcllama.training.run import held_out_collator
 
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "datasets")
@@ -110,7 +113,15 @@ def stages(run_folder: Path) -> list[Path]:
 def _stage(folder: Path) -> dict[str, Any]:
     recipe = json.loads((folder / "recipe.json").read_text())
     seconds = max((line.get("seconds", 0.0) for line in read_log(folder / "log.jsonl")), default=0.0)
-    return {"recipe": recipe["recipe"]["name"], "digest": recipe["digest"], "step": _step(folder), "seconds": seconds}
+    named = {"recipe": recipe["recipe"]["name"], "digest": recipe["digest"], "step": _step(folder)}
+    return named | {"questions": questions_seen(recipe_from_dict(recipe["recipe"]), _step(folder)), "seconds": seconds}
+
+
+def questions_seen(recipe: Recipe, steps: int) -> int:
+    """Questions of the first `steps` steps of a recipe: they depend on nothing else, so they are drawn again."""
+    passages = with_renamed(read_passages(recipe.data, recipe.seed), recipe.data.renamed, recipe.seed)
+    plan = ExamplePlan(passages, recipe)
+    return sum(len(group) for step in range(steps) for group in plan.step(step))
 
 
 def _step(run_folder: Path) -> int:
