@@ -20,7 +20,7 @@ from xcllama.training.evaluation import answer_losses, read_held_out
 from xcllama.training.loop import read_log
 from xcllama.training.objectives import Objective
 from xcllama.training.prompts import Prompts
-from xcllama.training.recipe import Recipe
+from xcllama.training.recipe import Recipe, recipe_from_dict
 from xcllama.training.run import held_out_collator
 
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "datasets")
@@ -108,9 +108,11 @@ def stages(run_folder: Path) -> list[Path]:
 
 
 def _stage(folder: Path) -> dict[str, Any]:
-    recipe = json.loads((folder / "recipe.json").read_text())
+    run = json.loads((folder / "recipe.json").read_text())
+    recipe, step = recipe_from_dict(run["recipe"]), _step(folder)
     seconds = max((line.get("seconds", 0.0) for line in read_log(folder / "log.jsonl")), default=0.0)
-    return {"recipe": recipe["recipe"]["name"], "digest": recipe["digest"], "step": _step(folder), "seconds": seconds}
+    questions = step * recipe.optimization.passages_per_step * recipe.optimization.questions_per_passage
+    return {"recipe": recipe.name, "digest": run["digest"], "step": step, "questions": questions, "seconds": seconds}
 
 
 def _step(run_folder: Path) -> int:
