@@ -335,5 +335,5 @@ def test_loading_added_weights_reads_little_of_the_base(make_llama, make_model, 
 
 def test_meta_devices_are_named(tiny_model):
     cache = tiny_model.encode_context(IDS)
-    with pytest.raises(ValueError, match="is on the meta device and holds nothing"):
+    with pytest.raises(ValueError, match="is on the meta device and holds no weights"):
         tiny_model.to("meta").project_context(cache)
