@@ -170,7 +170,7 @@ def quality_table() -> str:
             f"| {cell(run['cost'].get('cache_bytes_per_token'), ',.0f')} |"
         )
     documents = shown[0]["score"]["documents"]
-    lines += ["", f"{documents} questions of `{QUALITY_TASK}`."]
+    lines += ["", f"{documents} questions of `{QUALITY_TASK}`, split {shown[0]['split']}."]
     return "\n".join(lines) + "\n" + source(name, result, [run["origin"] for run in shown])
 
 
