@@ -224,9 +224,12 @@ class Catalogue:
 
     def locate(self, document_id: str, position: int | None = None) -> list[Location]:
         """Where the passages of a document lie, in order, or one of them; empty where there is none (any more)."""
-        values = [document_id, time.time()]
-        one = "" if position is None else " AND position = ?"
-        rows = self.rows(f"{LOCATE}{one} ORDER BY position", values if position is None else [*values, position])
+        where, values = ("", ()) if position is None else (" AND position = ?", (position,))
+        try:
+            rows = self.rows(f"{LOCATE}{where} ORDER BY position", (document_id, time.time(), *values))
+        except UnicodeEncodeError:
+            # no document has an id with half a surrogate pair
+            rows = []
         return list(map(Location._make, rows))
 
     def text(self, document_id: str) -> tuple[str, dict] | None:

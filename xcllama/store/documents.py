@@ -9,7 +9,7 @@ import json
 import unicodedata
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -297,22 +297,23 @@ def split_passages(
     if count_tokens(text) <= whole:
         return [(0, len(text))]
     chunks = MarkdownSplitter.from_callback(count_tokens, (least, most)).chunk_indices(text)
-    spans = [(start, start + len(chunk)) for start, chunk in chunks]
-    return [(_repeat(text, spans, place, whole - most), stop) for place, (_, stop) in enumerate(spans)]
+    # of white space alone there are no chunks
+    spans = [(start, start + len(chunk)) for start, chunk in chunks] or [(0, len(text))]
+    return [
+        (start - _repeated(text[spans[place - 1][0] : start], count_tokens, whole - most) if place else start, stop)
+        for place, (start, stop) in enumerate(spans)
+    ]
 
 
-def _repeat(text: str, spans: Sequence[tuple[int, int]], place: int, tokens: int) -> int:
-    """Where a passage starts: earlier where the one before it ends within a sentence, by at most so many tokens."""
-    start = spans[place][0]
-    if not place:
-        return start
-    before, end = spans[place - 1]
-    if text.endswith(SENTENCE_ENDS, before, end) or "\n" in text[end:start]:
-        return start
-    # a token has a letter at least
-    window = text[max(before, end - tokens) : end]
-    blank = regex.search(r"\s+", window)
-    return end - len(window) + (blank.end() if blank else 0)
+def _repeated(before: str, count_tokens: Callable[[str], int], most: int) -> int:
+    """How many letters to repeat of the passage `before`, and the white space behind it, if it ends in a sentence."""
+    text = before.rstrip()
+    if text.endswith(SENTENCE_ENDS) or "\n" in before[len(text) :]:
+        return 0
+    # words, or letters where there is no white space
+    starts = [found.end() for found in regex.finditer(r"\s+", text)] or list(range(len(text)))
+    fitting = [start for start in starts[-most:] if count_tokens(text[start:]) <= most]
+    return len(before) - fitting[0] if fitting else 0
 
 
 def index_text(text: str) -> str:

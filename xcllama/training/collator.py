@@ -12,7 +12,6 @@ from torch import Tensor
 from xcllama.training.answer_spans import answer_places
 from xcllama.training.examples import Example
 from xcllama.training.prompts import Prompts
-from xcllama.training.stored_states import StoredStates
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ class Collator:
         prompts: Prompts,
         passages: Sequence[str],
         context_ids: list[list[int]],
-        states: StoredStates | None = None,
+        states: Sequence[Tensor] | None = None,
         in_prompt: bool = False,
         context_dropout: float = 0.0,
         spans: bool = False,
