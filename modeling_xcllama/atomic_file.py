@@ -1,7 +1,7 @@
 """Files that are there as a whole or not at all, whenever their writer is killed; safetensors among them.
 
-On Linux a file is written without a name, so what a killed writer leaves is freed with it. Elsewhere, and where the file
-system cannot do that, it has a locked name beside its target, and whoever writes that target next sweeps it away.
+On Linux a file is written without a name, so what a killed writer leaves is freed with it. Elsewhere, and where the
+file system cannot do that, it has a locked name beside its target, and whoever writes that target next sweeps it away.
 """
 
 import json
@@ -40,7 +40,7 @@ SAFETENSORS_DTYPES = {
 
 @contextmanager
 def replaced_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that takes the place of `path` at the end of the block, on disk as a whole; not after an error."""
+    """A file to write that takes the place of `path` at the end of the block, all of it on disk, if nothing raises."""
     sweep(path)
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     unnamed = _open_unnamed(path.parent)

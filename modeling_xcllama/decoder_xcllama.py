@@ -354,10 +354,6 @@ class XCLlamaModel(ContextChecksMixin, XCLlamaPreTrainedModel, LlamaModel):
         source = self.embed_tokens if self.encoder is None else self.encoder.get_input_embeddings()
         check_vocabulary(sequences, source.num_embeddings)
         packed = self.encode_packed(sequences)
-        if packed.numel() and not packed.detach().abs().amax().isfinite():
-            raise ValueError(
-                f"the context states have NaN or infinite values in {packed.dtype}; load the model in float32."
-            )
         if self.config.cross_attention_share_key_value:
             key, value = self.context_projections[0](packed)
             states = {"key": key, "value": value}

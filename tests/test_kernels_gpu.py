@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from xcllama_kernels import cross_attention, cross_attention_with_lse, project_quantized, quantize_int4, quantize_int8
-from xcllama_kernels.cases import Case, random_case, relative_error
+from xcllama_kernels import cross_attention, cross_attention_with_lse, project_quantized
+from xcllama_kernels.cases import Case, random_case, random_quantized, relative_error
 from xcllama_kernels.launch import INTERPRETED, launch_counts
 from xcllama_kernels.reference import cross_attention_reference, project_quantized_reference
 
@@ -45,8 +45,7 @@ def test_gradients_and_determinism(head_dim, dtype):
 @pytest.mark.parametrize("dtype", list(TOLERANCES), ids=["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("bits", [8, 4])
 def test_projection(bits, dtype):
-    states = torch.randn(700, 9, 64, device="cuda")
-    states = (*quantize_int8(states), None) if bits == 8 else quantize_int4(states)
+    states = [None if part is None else part.cuda() for part in random_quantized(700, 9, 64, bits)]
     weight = (torch.randn(192, 576, device="cuda") / 24).to(dtype)
     options = {"norm_weight": torch.ones(576, device="cuda", dtype=dtype), "norm_eps": 1e-5}
     expected = project_quantized_reference(*states, weight, **options)

@@ -24,11 +24,9 @@ from xcllama_kernels import (
     cross_attention,
     cross_attention_with_lse,
     project_quantized,
-    quantize_int4,
-    quantize_int8,
 )
 from xcllama_kernels.backward import plan_backward
-from xcllama_kernels.cases import Case, random_case, relative_error
+from xcllama_kernels.cases import Case, random_case, random_quantized, relative_error
 from xcllama_kernels.decode import plan_decode, rows_a_tile
 from xcllama_kernels.forward import plan_forward
 from xcllama_kernels.launch import INTERPRETED, Launch, Quantization, target_of
@@ -128,10 +126,9 @@ def time_case(kind: str, shape: Shape, bits: int, device: str) -> dict[str, obje
 def projection_inputs(num_tokens: int, heads: int, columns: int, bits: int, device: str) -> list[Tensor | None]:
     """Quantized states, scale, zero and a bf16 weight."""
     generator = torch.Generator().manual_seed(0)
-    states = torch.randn(num_tokens, heads, 64, generator=generator).to(device)
     weight = torch.randn(columns, 64 * heads, generator=generator).to(device, torch.bfloat16) / (64 * heads) ** 0.5
-    quantized = (*quantize_int8(states), None) if bits == 8 else quantize_int4(states)
-    return [*quantized, weight]
+    quantized = random_quantized(num_tokens, heads, 64, bits, generator)
+    return [*(None if part is None else part.to(device) for part in quantized), weight]
 
 
 def time_projection(num_tokens: int, heads: int, columns: int, bits: int, device: str) -> dict[str, object]:

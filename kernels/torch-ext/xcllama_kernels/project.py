@@ -12,13 +12,23 @@ from torch import Tensor
 from .configs import projection_configs
 from .launch import Config, Launch, Target, data_format, target_of
 from .reference import int4_group
-from .tiles import dot, load_rows, narrow
+from .tiles import dot, load_rows, narrow, with_outliers
 
 
 @triton.jit
 def load_factor(base, places, valid):
     """One float32 factor a row, as a column."""
     return tl.load(base + places, mask=valid, other=0.0).to(tl.float32)[:, None]
+
+
+@triton.jit
+def load_values(codes, scale, zero, factors, valid, FORMAT: tl.constexpr):
+    """fp32 values of `[rows, BLOCK_K]` codes of one group a row, the `factors`-th of all."""
+    values = codes.to(tl.float32) * load_factor(scale, factors * 3, valid)
+    if FORMAT == 4:
+        values += load_factor(zero, factors, valid)
+    outliers = load_factor(scale, factors * 3 + 1, valid), load_factor(scale, factors * 3 + 2, valid)
+    return with_outliers(codes, values, outliers[0], outliers[1], FORMAT)
 
 
 @triton.jit
@@ -42,25 +52,18 @@ def load_chunk(
         inside = columns < HEADS * STORED - column
         mask = valid[:, None] & inside[None, :]
         raw = tl.load(states + pointers[:, None] + columns[None, :], mask=mask, other=0)
-    factors = (rows.to(tl.int64) * HEADS + head) * GROUPS
-    low_group = first // GROUP
+    factors = (rows.to(tl.int64) * HEADS + head) * GROUPS + first // GROUP
     if FORMAT == 8:
         channel = column
-        low = raw.to(tl.float32) * load_factor(scale, factors + low_group, valid)
+        low = load_values(raw, scale, zero, factors, valid, FORMAT)
         high = low
     else:
         channel = head * DIM + first
-        low_scale = load_factor(scale, factors + low_group, valid)
-        low_zero = load_factor(zero, factors + low_group, valid)
-        if GROUPS == 1:
-            high_scale = low_scale
-            high_zero = low_zero
-        else:
-            high_group = (first + STORED) // GROUP
-            high_scale = load_factor(scale, factors + high_group, valid)
-            high_zero = load_factor(zero, factors + high_group, valid)
-        low = tl.where(inside[None, :], (raw & 15).to(tl.float32) * low_scale + low_zero, 0.0)
-        high = tl.where(inside[None, :], (raw >> 4).to(tl.float32) * high_scale + high_zero, 0.0)
+        high_factors = factors
+        if GROUPS > 1:
+            high_factors = (rows.to(tl.int64) * HEADS + head) * GROUPS + (first + STORED) // GROUP
+        low = tl.where(inside[None, :], load_values(raw & 15, scale, zero, factors, valid, FORMAT), 0.0)
+        high = tl.where(inside[None, :], load_values(raw >> 4, scale, zero, high_factors, valid, FORMAT), 0.0)
     return low, high, channel, inside
 
 
