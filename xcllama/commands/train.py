@@ -4,12 +4,14 @@ import json
 import logging
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from xcllama.provenance import require_clean
-from xcllama.training.recipe import Recipe, load_recipe
+
+if TYPE_CHECKING:
+    from xcllama.training.recipe import Recipe
 
 MEASURED = ("modeling_xcllama", "dataset_builders", "xcllama/training")
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -28,6 +30,8 @@ def train(
 ) -> None:
     """Train a recipe. On several devices: `accelerate launch --num_processes 8 -m xcllama train RECIPE`."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+    from xcllama.training.recipe import load_recipe
+
     loaded = load_recipe(recipe)
     if dry_run:
         from xcllama.training.dry_run import plan
@@ -48,7 +52,7 @@ def train(
         _write(loaded, model, folder, export, results, questions)
 
 
-def _write(recipe: Recipe, model, folder: Path, export: Path | None, results: Path | None, questions: int) -> None:
+def _write(recipe: "Recipe", model, folder: Path, export: Path | None, results: Path | None, questions: int) -> None:
     """Export the model with its card, measure it, or both."""
     from xcllama.provenance import write_result
     from xcllama.publishing.model_card import readme
