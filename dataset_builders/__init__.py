@@ -11,11 +11,11 @@ To add a source: a module with `records` (path -> records) and `convert` (record
 entry in `SOURCES`, a fixture in its official format and a test of the exact rows.
 """
 
+from dataset_builders.fields import Settings
 from dataset_builders.files import SourceError
 from dataset_builders.mix import OFFLINE_BENCHMARKS, OFFLINE_SOURCES, Mix, build_mix
 from dataset_builders.reading import read_source
 from dataset_builders.schema import FEATURES, NO_ANSWER, Drop, RecordError, Report, make_row, validate_row
-from dataset_builders.settings import Settings
 from dataset_builders.sources import SOURCES, Source
 from dataset_builders.splits import document_key, split_of
 

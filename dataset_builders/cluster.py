@@ -15,15 +15,13 @@ import pyarrow.parquet
 from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, SlurmPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 
-from dataset_builders.building import finish
-from dataset_builders.files import Record, expand_paths
-from dataset_builders.hub import parse_hub_id
+from dataset_builders.building import check_output, finish, finished_folder, split_writers, write_text
+from dataset_builders.fields import Settings
+from dataset_builders.files import Record, expand_paths, parse_hub_id
 from dataset_builders.reading import UniqueNames, check_on_error, checked_rows, readable_records, too_many_failed
 from dataset_builders.schema import Report
-from dataset_builders.settings import Settings
 from dataset_builders.sources import Source, get_source, terms
 from dataset_builders.splits import SPLITS
-from dataset_builders.writing import check_output, finished_folder, split_writers, write_text
 
 EXECUTORS = {"local": LocalPipelineExecutor, "slurm": SlurmPipelineExecutor, "ray": RayPipelineExecutor}
 

@@ -1,8 +1,9 @@
-"""Exact and near-duplicate texts, found by digest and by MinHash."""
+"""Texts that say the same: equal (by digest), nearly equal (by MinHash), or with a run of words in common."""
 
 from collections import OrderedDict
 from dataclasses import dataclass
 
+import numpy as np
 import xxhash
 from datasketch import MinHash, MinHashLSH
 
@@ -11,6 +12,7 @@ from dataset_builders.splits import digest, normalize
 SHINGLE_WORDS = 5
 NUM_PERMUTATIONS = 128
 THRESHOLD = 0.7
+RUN_WORDS = 13
 _REMEMBERED = 4096
 
 
@@ -71,3 +73,37 @@ class ContextIndex:
         near = {c for c in self._index.query(signature) if self._signatures[c].jaccard(signature) >= THRESHOLD}
         found = near | ({key} if key in self._signatures else set())
         return tuple(Match(candidate, candidate == key) for candidate in sorted(found))
+
+
+class RunIndex:
+    """Runs of 13 words of texts to keep out of somewhere: add the texts, then ask whether another holds such a run.
+
+    A run is what a whole text and a longer one that quotes a part of it have in common. Memory: 8 bytes a word.
+    """
+
+    def __init__(self):
+        self._known, self._added = np.empty(0, np.uint64), []
+
+    def add(self, text: str) -> None:
+        self._added.append(_runs(text))
+
+    def overlaps(self, text: str) -> bool:
+        """Whether `text` holds a run of an added text."""
+        if self._added:
+            self._known, self._added = np.unique(np.concatenate([self._known, *self._added])), []
+        runs = _runs(text)
+        if not len(self._known) or not len(runs):
+            return False
+        places = np.searchsorted(self._known, runs).clip(max=len(self._known) - 1)
+        return bool((self._known[places] == runs).any())
+
+
+def _runs(text: str) -> np.ndarray:
+    """A 64-bit digest of each run of `RUN_WORDS` words of the normalized text, uint64 `[num_runs]`."""
+    words = np.array([xxhash.xxh64_intdigest(word) for word in normalize(text).split(" ")], np.uint64)
+    count = max(0, len(words) - RUN_WORDS + 1)
+    total = np.zeros(count, np.uint64)
+    for offset in range(RUN_WORDS):
+        # a polynomial in an odd number, modulo 2 ** 64
+        total = total * np.uint64(0x9E3779B97F4A7C15) + words[offset : offset + count]
+    return total

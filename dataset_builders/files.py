@@ -1,8 +1,12 @@
-"""Source files as streams of records, through fsspec (local, http, s3, hf), plain or compressed."""
+"""Source files as streams of records, through fsspec (local, http, s3, hf), plain or compressed; data sets on the Hub.
+
+On the Hub a source is `organisation/name`, with `:configuration` and `@split` where they matter.
+"""
 
 import gzip
 import io
 import json
+import os
 import re
 import zlib
 from collections.abc import Callable, Iterator
@@ -11,6 +15,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, BinaryIO
 
+import datasets
 import fsspec
 import ijson
 import pyarrow
@@ -20,6 +25,8 @@ from dataset_builders.json_position import BLOCK, record_line, syntax_error_posi
 from dataset_builders.schema import HALF_PAIR, RecordError
 
 _PARQUET_BATCH = 64
+_HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+?)(?::(?P<config>[\w.-]+))?(?:@(?P<split>[\w.+-]+))?")
+_FILE_SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet", ".txt", ".gz", ".whl")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 # in JSON: a surrogate pair, half of one, or another escape
 _ESCAPE = re.compile(
@@ -272,3 +279,40 @@ def _column(path: str, name: str) -> Iterator[tuple[str, Any]]:
             raise broken_json(path, error) from None
     if not count[0]:
         raise SourceError(path, "", f"holds no column `{name}`", name)
+
+
+@dataclass(frozen=True)
+class HubLocation:
+    """Where a source lives on the Hub, and what of it is read by default."""
+
+    repo: str
+    config: str | None = None
+    split: str = "train"
+
+
+def parse_hub_id(path: str) -> HubLocation | None:
+    """`path` as a place on the Hub; None when it names a file."""
+    match = _HUB_ID.fullmatch(path)
+    if match is None or os.path.exists(path) or path.endswith(_FILE_SUFFIXES) or "*" in path:
+        return None
+    return HubLocation(match["repo"], match["config"], match["split"] or "")
+
+
+def hub_records(location: HubLocation, default: HubLocation | None = None) -> Iterator[Record]:
+    """Stream the rows of a Hub data set; what `location` leaves open is taken from `default`.
+
+    Raises:
+        SourceError: no such repository, configuration or split, or no access to it.
+    """
+    config = location.config or (default.config if default else None)
+    split = location.split or (default.split if default else "train")
+    name = f"{location.repo}{':' + config if config else ''}@{split}"
+    try:
+        rows = datasets.load_dataset(location.repo, config, split=split, streaming=True)
+    except (ValueError, OSError, RuntimeError) as error:
+        raise SourceError(name, "", f"cannot be read from the Hub: {str(error).splitlines()[0]}") from error
+    count = 0
+    for count, row in enumerate(rows, start=1):
+        yield Record(name, f"row {count}", row)
+    if not count:
+        raise SourceError(name, "", "is empty")

@@ -10,10 +10,9 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from dataset_builders.fields import get, get_strings, zip_columns
+from dataset_builders.fields import Settings, get, get_strings, zip_columns
 from dataset_builders.files import json_items
 from dataset_builders.schema import Drop, RecordError, Row, make_row
-from dataset_builders.settings import Settings
 
 read_json = partial(json_items, prefix="item")
 

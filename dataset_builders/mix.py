@@ -2,7 +2,8 @@
 
 The first pass counts every source and indexes the contexts of validation, test and benchmarks; each split is then
 streamed. Precedence: benchmarks and test, then validation, then train. A row whose useful context occurs in a split of
-higher precedence is removed; where it is a distractor, only the distractor is.
+higher precedence, or shares a run of 13 words with a benchmark, is removed; where it is a distractor, only the
+distractor is.
 """
 
 import hashlib
@@ -12,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from dataset_builders.duplicates import ContextIndex
+from dataset_builders.duplicates import RUN_WORDS, ContextIndex, RunIndex
 from dataset_builders.reading import read_source
 from dataset_builders.schema import Report, Row
 from dataset_builders.sources import SOURCES, get_source, terms
@@ -85,7 +86,7 @@ class Mix:
         self.reports = {name: Report() for name in names + benchmarks}
         self.counts = {name: Counter() for name in names + benchmarks}
         self.splits: dict[str, dict[str, Any]] = {}
-        self._index = ContextIndex()
+        self._index, self._benchmark_runs = ContextIndex(), RunIndex()
         # digest of an indexed context -> the splits and benchmarks that hold it
         self._holders: dict[str, set[str]] = {}
         self._found: dict[str, set[str]] = {"exact": set(), "near": set()}
@@ -100,6 +101,8 @@ class Mix:
                 continue
             holder = name if name in self.benchmarks else split
             for text in row["contexts_list"]:
+                if name in self.benchmarks:
+                    self._benchmark_runs.add(text)
                 self._holders.setdefault(self._index.add(text), set()).add(holder)
 
     def rows(self, split: str) -> Iterator[Row]:
@@ -146,10 +149,15 @@ class Mix:
             if split == "train":
                 for match in matches:
                     self._found["exact" if match.exact else "near"].add(match.digest)
-            if matches and (index in row["useful_contexts"] or not row["useful_contexts"]):
+            reason = None
+            if matches:
                 kind = "exact" if any(match.exact for match in matches) else "near"
-                return row, f"{kind} duplicate of a held-out context"
-            if not matches:
+                reason = f"{kind} duplicate of a held-out context"
+            elif self._benchmark_runs.overlaps(text):
+                reason = f"{RUN_WORDS} words in a row of a benchmark"
+            if reason and (index in row["useful_contexts"] or not row["useful_contexts"]):
+                return row, reason
+            if not reason:
                 kept.append(index)
         if len(kept) < len(row["contexts_list"]):
             removed["distractors"] += len(row["contexts_list"]) - len(kept)

