@@ -100,7 +100,7 @@ class RunIndex:
 
 def _runs(text: str) -> np.ndarray:
     """A 64-bit digest of each run of `RUN_WORDS` words of the normalized text, uint64 `[num_runs]`."""
-    words = np.array([xxhash.xxh64_intdigest(word) for word in normalize(text).split(" ")], np.uint64)
+    words = np.array([xxhash.xxh64_intdigest(word.encode()) for word in normalize(text).split(" ")], np.uint64)
     count = max(0, len(words) - RUN_WORDS + 1)
     total = np.zeros(count, np.uint64)
     for offset in range(RUN_WORDS):

@@ -146,8 +146,8 @@ def test_outputs_are_never_overwritten(tmp_path):
 
 
 def test_shards_keep_all_rows(tmp_path, monkeypatch):
-    monkeypatch.setattr("dataset_builders.writing.SHARD_BYTES", 1)
-    monkeypatch.setattr("dataset_builders.writing._GROUP_ROWS", 4)
+    monkeypatch.setattr("dataset_builders.building.SHARD_BYTES", 1)
+    monkeypatch.setattr("dataset_builders.building._GROUP_ROWS", 4)
     rows = [make_row("rows", str(number), "Why?", [f"Text {number}."], ["Because"]) for number in range(10)]
     writer = SplitWriter(str(tmp_path), "train")
     for row in rows:

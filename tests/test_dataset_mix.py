@@ -16,7 +16,7 @@ from dataset_builders import (
     make_row,
     read_source,
 )
-from dataset_builders.duplicates import ContextIndex, min_hash
+from dataset_builders.duplicates import ContextIndex, RunIndex, min_hash
 from dataset_builders.mix import Mix, select_contexts
 from dataset_builders.olmo_eval import REQUIREMENT
 from dataset_builders.splits import document_key, normalize, split_of
@@ -112,6 +112,37 @@ def test_contexts_found_in_training_are_reported_for_each_benchmark():
     mix = mix_of(rows)
     list(mix.rows("train"))
     assert mix.report()["contexts_found_in_training"]["test"] == {"contexts": 1, "exact": 0, "near": 1}
+
+
+def test_rows_that_quote_a_benchmark_are_removed_and_counted():
+    quoted = " ".join(BENCHMARK.split()[30:43])
+    long = f"{text(20)} {quoted} {text(21)}"
+    rows = {
+        "drop": [
+            row("drop", 0, title_in("train"), [long], [0]),
+            row("drop", 1, title_in("train", 1), [text(22), long], [0]),
+            row("drop", 2, title_in("train", 2), [f"{text(23)} {' '.join(quoted.split()[1:])} x"], [0]),
+        ],
+        "squad_sample": [row("squad_sample", 0, "a", [BENCHMARK], [0])],
+    }
+    mix = mix_of(rows)
+    train = {item["sample_idx"]: item for item in mix.rows("train")}
+    assert set(train) == {"drop-1", "drop-2"}
+    assert train["drop-1"]["contexts_list"] == [text(22)]
+    assert mix.splits["train"]["dropped"] == {"13 words in a row of a benchmark": 1}
+    assert mix.splits["train"]["distractors_removed"] == 1
+
+
+def test_runs_are_found_wherever_they_stand():
+    words = text(30, 60).split()
+    index = RunIndex()
+    assert not index.overlaps(" ".join(words))
+    index.add(" ".join(words))
+    index.add("too short")
+    assert not index.overlaps("too short")
+    for start in range(48):
+        assert index.overlaps(" ".join(["a", *words[start : start + 13], "b"]).upper())
+        assert not index.overlaps(" ".join(["a", *words[start : start + 12], "b"]))
 
 
 def test_rows_without_a_useful_context_go_with_any_held_out_one():
