@@ -287,7 +287,7 @@ class HubLocation:
 
     repo: str
     config: str | None = None
-    split: str = "train"
+    split: str | None = None
 
 
 def parse_hub_id(path: str) -> HubLocation | None:
@@ -295,7 +295,7 @@ def parse_hub_id(path: str) -> HubLocation | None:
     match = _HUB_ID.fullmatch(path)
     if match is None or os.path.exists(path) or path.endswith(_FILE_SUFFIXES) or "*" in path:
         return None
-    return HubLocation(match["repo"], match["config"], match["split"] or "")
+    return HubLocation(match["repo"], match["config"], match["split"])
 
 
 def hub_records(location: HubLocation, default: HubLocation | None = None) -> Iterator[Record]:
@@ -304,8 +304,8 @@ def hub_records(location: HubLocation, default: HubLocation | None = None) -> It
     Raises:
         SourceError: no such repository, configuration or split, or no access to it.
     """
-    config = location.config or (default.config if default else None)
-    split = location.split or (default.split if default else "train")
+    default = default or location
+    config, split = location.config or default.config, location.split or default.split or "train"
     name = f"{location.repo}{':' + config if config else ''}@{split}"
     try:
         rows = datasets.load_dataset(location.repo, config, split=split, streaming=True)
