@@ -22,7 +22,7 @@ import pyarrow
 import pyarrow.parquet
 
 from dataset_builders.json_position import BLOCK, record_line, syntax_error_position
-from dataset_builders.schema import HALF_PAIR, RecordError
+from dataset_builders.schema import RecordError
 
 _PARQUET_BATCH = 64
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+?)(?::(?P<config>[\w.-]+))?(?:@(?P<split>[\w.+-]+))?")
@@ -33,6 +33,8 @@ _ESCAPE = re.compile(
     rb"\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|(?P<half>u[dD][89a-fA-F][0-9a-fA-F]{2})|.)",
     re.DOTALL,
 )
+# a noncharacter that stands for half a surrogate pair while a document is parsed
+_HALF_PAIR = "\ufdd0"
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -184,24 +186,34 @@ def open_json(path: str) -> Iterator["_JsonStream"]:
 
 
 class _JsonStream:
-    """The bytes of a JSON document in which half a surrogate pair is written as `HALF_PAIR`.
+    """The bytes of a JSON document in which half a surrogate pair is written as `_HALF_PAIR`.
 
     The parser would make "?" of it, or a letter with what comes next. The length stays, so that places stay right.
     """
 
     def __init__(self, stream: BinaryIO):
-        self._stream = stream
+        self._stream, self._marked = stream, False
 
     def read(self, size: int = -1) -> bytes:
         """The next block, somewhat longer than `size` where an escape would be cut in two."""
         block = self._stream.read(size)
         while b"\\" in block[-12:] and (more := self._stream.read(64)):
             block += more
-        return _ESCAPE.sub(_mark_half, block) if _SURROGATE.search(block) else block
+        return _ESCAPE.sub(self._mark, block) if _SURROGATE.search(block) else block
 
+    def _mark(self, escape: re.Match[bytes]) -> bytes:
+        self._marked = self._marked or bool(escape["half"])
+        return _HALF_PAIR.encode("ascii", "backslashreplace") if escape["half"] else escape[0]
 
-def _mark_half(escape: re.Match[bytes]) -> bytes:
-    return HALF_PAIR.encode("ascii", "backslashreplace") if escape["half"] else escape[0]
+    def restored(self, value: Any) -> Any:
+        """A parsed value as the document has it: with half a pair, which the checks of rows refuse."""
+        if not self._marked:
+            return value
+        if isinstance(value, str):
+            return value.replace(_HALF_PAIR, "\ud800")
+        if isinstance(value, dict):
+            return {self.restored(name): self.restored(item) for name, item in value.items()}
+        return [self.restored(item) for item in value] if isinstance(value, list) else value
 
 
 @contextmanager
@@ -242,7 +254,7 @@ def json_items(path: str, prefix: str) -> Iterator[Record]:
         try:
             for item in ijson.items(stream, prefix, use_float=True, buf_size=BLOCK):
                 count[0] += 1
-                yield Record(path, f"record {count[0]}", item, prefix, count[0])
+                yield Record(path, f"record {count[0]}", stream.restored(item), prefix, count[0])
         except ijson.JSONError as error:
             raise broken_json(path, error) from None
     if not count[0]:
@@ -274,7 +286,7 @@ def _column(path: str, name: str) -> Iterator[tuple[str, Any]]:
         try:
             for pair in ijson.kvitems(stream, name, use_float=True, buf_size=BLOCK):
                 count[0] += 1
-                yield pair
+                yield stream.restored(pair[0]), stream.restored(pair[1])
         except ijson.JSONError as error:
             raise broken_json(path, error) from None
     if not count[0]:

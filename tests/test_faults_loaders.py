@@ -212,6 +212,12 @@ def test_whole_pairs_and_other_escapes_stay_wherever_a_block_ends(tmp_path, padd
     assert row["question"] == ("x" * padding + text).strip()
 
 
+def test_no_character_stands_for_half_a_pair(tmp_path):
+    noncharacters = "\ufdd0\ufffe\U0010ffff"
+    rows, _ = read("squad_v2", squad_file(tmp_path / "a.json", [question(0, text=f"Why{noncharacters}?")]))
+    assert rows[0]["question"] == f"Why{noncharacters}?"
+
+
 # some bad answers
 
 
