@@ -28,7 +28,7 @@ class Batch:
         context_ids: int `[num_tokens]`, the token ids of the passages.
         offsets: first token of each passage and the end of the last.
         rows: the passages that each row reads.
-        own: the passage that each row's question is about.
+        own: the passage that each row's question is about; None where the row does not read it.
         span_positions: int `[num_spans, 2]`, the row and the position that predict an answer token which the row's
             context holds; None unless asked for.
         span_mask: bool `[num_spans, longest context]`, where in the row's context that token stands.
@@ -43,7 +43,7 @@ class Batch:
     context_ids: Tensor
     offsets: tuple[int, ...]
     rows: tuple[tuple[int, ...], ...]
-    own: tuple[int, ...]
+    own: tuple[int | None, ...]
     span_positions: Tensor | None = None
     span_mask: Tensor | None = None
 
@@ -117,7 +117,7 @@ class Collator:
             torch.cat(context_ids),
             tuple(accumulate((len(item) for item in context_ids), initial=0)),
             tuple(tuple(place[passage] for passage in example.passages) for example in examples),
-            tuple(place[example.own] for example in examples),
+            tuple(place[example.own] if example.own in example.passages else None for example in examples),
             **spans,
         )
 

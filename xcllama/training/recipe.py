@@ -74,6 +74,8 @@ class DataSection:
         max_answer_words: questions with longer answers are left out.
         max_history: earlier turns kept in front of a question.
         distractors: most other passages joined to the right one, drawn from its forward pass; their number varies.
+        unanswerable: share of the groups of own questions that read another passage instead, of the same document
+            where it has one: their answer is `NO_ANSWER`.
         max_passages: passages read from each source (None: all).
         renamed: passages that are added once more with invented names and numbers.
     """
@@ -85,6 +87,7 @@ class DataSection:
     max_answer_words: int = 12
     max_history: int = 2
     distractors: int = 0
+    unanswerable: float = 0.0
     max_passages: int | None = None
     renamed: int = 0
 
@@ -199,6 +202,8 @@ class Recipe:
         for name in ("max_context_words", "windows", "max_answer_words"):
             _at_least(f"data.{name}", getattr(data, name), 1)
         _at_least("data.renamed", data.renamed, 0)
+        if not 0 <= data.unanswerable < 1:
+            raise ValueError(f"`data.unanswerable` must lie in [0, 1), got {data.unanswerable}.")
         for name in ("save_steps", "keep", "log_steps"):
             _at_least(f"run.{name}", getattr(self.run, name), 1)
         if not (optimization.learning_rate > 0 and math.isfinite(optimization.learning_rate)):
