@@ -36,9 +36,30 @@ def token_scores(
     return [row[:length].float().cpu() for row, length in zip(scores, lengths, strict=True)]
 
 
-def answer_score(scores: Tensor) -> float:
-    """The score of an answer, in [0, 1]: the geometric mean of the probabilities of its tokens, its end included."""
-    return float(scores.mean().exp())
+def unanswerable_probabilities(model: PreTrainedModel, outputs: GenerateOutput) -> list[float]:
+    """For each row, how probable it was that its answer starts as "the contexts hold none" does.
+
+    Zeros for a model that was not trained to say so: its config has no `unanswerable_token_id`.
+
+    Args:
+        model, outputs: as in `token_scores`.
+    """
+    token, rows = getattr(model.config, "unanswerable_token_id", None), len(outputs.sequences)
+    if token is None:
+        return [0.0] * rows
+    # the beams of a row start alike
+    first = outputs.scores[0][:: len(outputs.scores[0]) // rows]
+    return first.float().softmax(-1)[:, token].tolist()
+
+
+def answer_score(scores: Tensor, unanswerable: float = 0.0) -> float:
+    """The score of an answer, in [0, 1].
+
+    Args:
+        scores: log-probabilities of its tokens, its end included: their geometric mean counts.
+        unanswerable: probability that the contexts hold no answer, see `unanswerable_probabilities`.
+    """
+    return float(scores.mean().exp()) * (1 - unanswerable)
 
 
 def is_found(score: float, threshold: float | None) -> bool:

@@ -11,7 +11,7 @@ from .modeling_xcllama import XCLlamaForCausalLM
 from .processing_xcllama import XCLlamaProcessor
 
 # what else of a saved config the model is built with
-KEPT_FIELDS = ("context_layer", "context_prefix", "context_max_length", "answer_threshold")
+KEPT_FIELDS = ("context_layer", "context_prefix", "context_max_length", "answer_threshold", "unanswerable_token_id")
 
 
 def find_model(name_or_path: str) -> str:

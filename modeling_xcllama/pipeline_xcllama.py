@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from transformers import GenerationConfig, Pipeline
 
-from .answer_scores import NOT_FOUND, answer_score, is_found, token_scores
+from .answer_scores import NOT_FOUND, answer_score, is_found, token_scores, unanswerable_probabilities
 from .context_cache import ContextCache, ProjectedContext
 from .evidence import find_evidence
 
@@ -38,9 +38,9 @@ class ContextQuestionAnsweringPipeline(Pipeline):
                 tokenizer), or anything that `generate` takes.
 
         Returns:
-            "answers": for each question a dict of "answer", "score" (geometric mean of the probabilities of its
-            tokens), "found" (False: the score is below the config's `answer_threshold`, and "answer" says so) and, if
-            asked for, "evidence"; "cache": row i is what question i read, to be passed back in.
+            "answers": for each question a dict of "answer", "score" (see `answer_scores.answer_score`), "found"
+            (False: the score is below the config's `answer_threshold`, and "answer" says so) and, if asked for,
+            "evidence"; "cache": row i is what question i read, to be passed back in.
 
         Raises:
             ValueError: not exactly one of `contexts` and `context_cache`, no text in `contexts`, counts that differ,
@@ -101,6 +101,7 @@ class ContextQuestionAnsweringPipeline(Pipeline):
         return {
             "sequences": outputs.sequences,
             "scores": token_scores(self.model, outputs, options.get("eos_token_id")),
+            "unanswerable": unanswerable_probabilities(self.model, outputs),
             "prompt_length": prompt_length,
             "attention_mask": prompts["attention_mask"],
             "projected": projected,
@@ -114,9 +115,10 @@ class ContextQuestionAnsweringPipeline(Pipeline):
         if sequences.shape[0] != len(projected):
             raise ValueError("one answer a question: leave `num_return_sequences` at 1.")
         answers = []
-        for tokens, scores in zip(sequences[:, start:], model_outputs["scores"], strict=True):
+        parts = sequences[:, start:], model_outputs["scores"], model_outputs["unanswerable"]
+        for tokens, scores, unanswerable in zip(*parts, strict=True):
             answer = self.processor.decode(tokens[: len(scores)], skip_special_tokens=True).strip()
-            score = answer_score(scores)
+            score = answer_score(scores, unanswerable)
             found = is_found(score, self.model.config.answer_threshold)
             answers.append({"answer": answer if found else NOT_FOUND, "score": score, "found": found})
         if num_evidence:

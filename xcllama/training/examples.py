@@ -120,10 +120,10 @@ class ExamplePlan:
 
     def _another(self, index: int, questions: list[Question], generator: random.Random) -> int | None:
         """Another passage that holds no answer of these questions, of the same document if there is one."""
-        passage = self.passages[index]
+        passage, everything = self.passages[index], range(len(self.passages))
         same = [i for i in self._documents[passage.document] if self.passages[i].section != passage.section]
         answers = [normalize(item.answer) for item in questions]
-        candidates = [*generator.sample(same, len(same)), *generator.sample(range(len(self.passages)), 32)]
+        candidates = [*generator.sample(same, len(same)), *generator.sample(everything, min(32, len(everything)))]
         for other in candidates:
             text, section = self.passages[other].text, self.passages[other].section
             if section != passage.section and not any(holds(text, answer) for answer in answers):

@@ -11,6 +11,7 @@ import torch
 import yaml
 from torch import nn
 
+from dataset_builders import NO_ANSWER
 from modeling_xcllama.checkpoints import find_model
 from modeling_xcllama.fingerprint import weights_digest
 from xcllama.training.build import load_processor, parameter_counts
@@ -40,6 +41,8 @@ def export_model(recipe: Recipe, model: nn.Module, run_folder: Path, target: Pat
         model.config.base_model_name_or_path = base_id
         if recipe.model.encoder is not None:
             model.config.encoder_name_or_path = recipe.run.encoder_id or recipe.model.encoder
+        declines = Prompts(load_processor(recipe)).answer_ids(NO_ANSWER) if recipe.data.unanswerable else [None]
+        model.config.unanswerable_token_id = declines[0]
         model.save_cross_attention(target)
     else:
         model.peft_config["default"].base_model_name_or_path = base_id

@@ -36,9 +36,9 @@ class Passage:
 
     text: str
     source: str
+    questions: list[Question] = field(default_factory=list)
     document: str = ""
     section: str = ""
-    questions: list[Question] = field(default_factory=list)
 
 
 def read_passages(data: DataSection, seed: int) -> list[Passage]:
@@ -51,13 +51,13 @@ def read_passages(data: DataSection, seed: int) -> list[Passage]:
     counts: dict[str, int] = {}
     for row in _rows(data):
         source, index = row["dataset"], (row["useful_contexts"] or [0])[0]
-        origin = document_key(row), digest(row["contexts_list"][index])
+        document, section = document_key(row), digest(row["contexts_list"][index])
         for text in _windows(row, index, data, seed):
             if text not in passages:
                 if data.max_passages is not None and counts.get(source, 0) >= data.max_passages:
                     continue
                 counts[source] = counts.get(source, 0) + 1
-                passages[text] = Passage(text, source, *origin)
+                passages[text] = Passage(text, source, document=document, section=section)
             question = _question(row, text, data)
             if question is not None:
                 passages[text].questions.append(question)
