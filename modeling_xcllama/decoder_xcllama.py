@@ -407,6 +407,9 @@ class XCLlamaModel(ContextChecksMixin, XCLlamaPreTrainedModel, LlamaModel):
         """Keys and values of `plan`'s tokens of `states`, as `project_context` makes them of a cache; no checks."""
         device = next(iter(states.values())).device
         dtype = linear_weight(self.context_projections[0].k_proj).dtype if dtype is None else dtype
+        if torch.is_autocast_enabled(device.type):
+            # weights that are trained in float32 make keys of the queries' dtype
+            dtype = torch.get_autocast_dtype(device.type)
         if self.training and self.config.cross_attention_dropout:
             plan = plan.drop_tokens(self.config.cross_attention_dropout, device)
         states = {name: state[plan.tokens] for name, state in states.items()}

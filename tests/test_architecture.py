@@ -22,6 +22,7 @@ PACKAGES = {
     "xcllama.store": ROOT / "xcllama" / "store",
     "xcllama.training": ROOT / "xcllama" / "training",
     "xcllama.evaluation": ROOT / "xcllama" / "evaluation",
+    "xcllama.gpu_check": ROOT / "xcllama" / "gpu_check",
     "xcllama.publishing": ROOT / "xcllama" / "publishing",
     "space": ROOT / "space",
 }
@@ -40,6 +41,7 @@ ALLOWED = {
     },
     "xcllama.training": {"modeling_xcllama", "dataset_builders", "xcllama.store"},
     "xcllama.evaluation": {"modeling_xcllama", "dataset_builders", "xcllama.store"},
+    "xcllama.gpu_check": {"modeling_xcllama", "xcllama_kernels", "xcllama.training", "xcllama.evaluation"},
     "xcllama.publishing": {"modeling_xcllama", "dataset_builders", "xcllama.store"},
     "space": set(),
 }

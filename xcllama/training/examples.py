@@ -69,8 +69,9 @@ class ExamplePlan:
         size = self.recipe.optimization.passages_per_step
         generator = random.Random(f"{self.recipe.seed}:bucket:{number}")
         drawn = [self._draw(generator) for _ in range(BUCKET_STEPS * size)]
+        count = self.recipe.optimization.questions_per_passage
         groups = [
-            self._examples(*item, key=f"{self.recipe.seed}:{number}:{index}") for index, item in enumerate(drawn)
+            self.examples(*item, f"{self.recipe.seed}:{number}:{index}", count) for index, item in enumerate(drawn)
         ]
         groups.sort(key=_length)
         steps = [groups[start : start + size] for start in range(0, len(groups), size)]
@@ -98,9 +99,9 @@ class ExamplePlan:
         source = generator.choices(list(self.source_weights), weights=list(self.source_weights.values()))[0]
         return f"answer:{source}", generator.choice(self.asked[source])
 
-    def _examples(self, task: str, index: int, key: str) -> list[Example]:
+    def examples(self, task: str, index: int, key: str, count: int) -> list[Example]:
+        """Up to `count` examples of one passage: of "answer:SOURCE", its questions; of another task, made of it."""
         generator = random.Random(key)
-        count = self.recipe.optimization.questions_per_passage
         if task.startswith("answer:"):
             asked = [item for item in self.passages[index].questions if item.source == task[len("answer:") :]]
             questions = generator.sample(asked, min(count, len(asked)))

@@ -11,7 +11,6 @@ from torch import nn
 
 from dataset_builders.wheels import cache_folder
 from modeling_xcllama.checkpoints import load_checkpoint as load_added_weights
-from modeling_xcllama.least_squares import fit_least_squares
 from xcllama.training.build import build_model, load_processor, parameter_counts
 from xcllama.training.checkpoints import load_checkpoint, open_run
 from xcllama.training.collator import Batch, Collator
@@ -25,7 +24,7 @@ from xcllama.training.prompts import Prompts
 from xcllama.training.recipe import Recipe
 from xcllama.training.renaming import with_renamed
 from xcllama.training.stored_states import StoredStates, encode_in_memory, store_states
-from xcllama.training.teacher import Teacher, load_prompt_reader, start_adapters
+from xcllama.training.teacher import Teacher, load_prompt_reader, start_in_closed_form
 from xcllama.training.transfer import transfer
 
 logger = logging.getLogger(__name__)
@@ -67,11 +66,7 @@ def _start(recipe: Recipe, model: nn.Module, prompts: Prompts, texts: list[str])
     section = recipe.model
     few = texts[: section.least_squares_passages]
     if section.transfer_from is None:
-        reader = None if section.adapter_from is None else load_prompt_reader(recipe, section.adapter_from)
-        scores = fit_least_squares(model, [prompts.context_ids(text) for text in few], reader)
-        logger.info("least squares, R2 by layer: %s", {layer: round(score, 3) for layer, score in scores.items()})
-        if section.adapter_from is not None:
-            start_adapters(model, section.adapter_from, recipe)
+        start_in_closed_form(recipe, model, [prompts.context_ids(text) for text in few])
         return
     source, target = load_added_weights(section.transfer_from, dtype=model.dtype), (model, prompts.processor)
     transfer(source, target, few)

@@ -1,5 +1,6 @@
 """The frozen decoder that reads passages in its prompt: what a distilled model follows, where its adapters start."""
 
+import logging
 from itertools import accumulate
 from pathlib import Path
 
@@ -14,7 +15,10 @@ from modeling_xcllama.context_cache import ProjectedContext
 from modeling_xcllama.context_encoding import pad_right
 from modeling_xcllama.context_projection import ReadingPlan
 from modeling_xcllama.cross_attention import resolve_implementation
+from modeling_xcllama.least_squares import fit_least_squares
 from xcllama.training.recipe import Recipe
+
+logger = logging.getLogger(__name__)
 
 
 def load_prompt_reader(recipe: Recipe, adapter: str | None) -> PreTrainedModel:
@@ -95,6 +99,16 @@ class Teacher:
         projections = self.model.model.context_projections
         implementation = resolve_implementation(self.model.config.cross_attn_implementation, keys[0].device)
         return ProjectedContext(keys, values, plan.rows, None, projections, implementation)
+
+
+def start_in_closed_form(recipe: Recipe, model: XCLlamaForCausalLM, sequences: list[list[int]]) -> None:
+    """Set the context projections by least squares on `sequences` of token ids, and the adapters from a LoRA."""
+    adapter = recipe.model.adapter_from
+    reader = None if adapter is None else load_prompt_reader(recipe, adapter).to(model.device)
+    scores = fit_least_squares(model, sequences, reader)
+    logger.info("least squares, R2 by layer: %s", {layer: round(score, 3) for layer, score in scores.items()})
+    if adapter is not None:
+        start_adapters(model, adapter, recipe)
 
 
 @torch.no_grad()
