@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-slow test-browser space bench bench-quick lint style models fuzz kernels-inspect train-small train-smoke evaluate-dev evaluate-test ablations publish-dry-run clean
+.PHONY: demo test test-portable test-slow test-browser space bench bench-quick lint style models fuzz kernels-inspect train-small train-smoke evaluate-dev evaluate-test ablations publish-dry-run clean
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -19,6 +19,14 @@ demo: models
 
 test: models
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -q
+
+# the whole suite as other processors would run it: half an hour on two cores. What a CPU lacks it does not get from here
+PORTABLE = "ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 OPENBLAS_CORETYPE=Prescott OMP_NUM_THREADS=1" \
+	"ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 OPENBLAS_CORETYPE=Haswell OMP_NUM_THREADS=2" \
+	"OPENBLAS_CORETYPE=Zen XCLLAMA_WIDE_PRODUCTS=always OMP_NUM_THREADS=1"
+
+test-portable: models
+	for settings in $(PORTABLE); do echo "$$settings"; env $$settings TRITON_INTERPRET=1 $(BIN)/pytest -n 2 -q || exit 1; done
 
 # the extra is not in `dev`: torchao and bitsandbytes log at every import on machines without a GPU
 test-slow: models

@@ -5,7 +5,7 @@ and what each layer brings, is measured on texts that were held out: the loss of
 half is cached, between that with the first half in the prompt and that without it.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 from modeling_xcllama import XCLlamaForCausalLM, XCLlamaProcessor
 from modeling_xcllama.checkpoints import find_model
-from modeling_xcllama.context_cache import ContextCache, ProjectedContext
+from modeling_xcllama.context_cache import ProjectedContext
 from modeling_xcllama.least_squares import fit_least_squares
 from xcllama.training.teacher import Teacher
 
@@ -94,47 +94,74 @@ def fit_reader(
     return replace(report, num_tokens=sum(map(len, fitted)))
 
 
-@torch.no_grad()
+class HeldOut:
+    """Texts whose first halves are read, and whose second halves are predicted.
+
+    Args:
+        texts: token ids.
+        prefix: `context_prefix` of the readers.
+    """
+
+    def __init__(self, texts: list[list[int]], prefix: list[int] | None):
+        self.halves = [(ids[: len(ids) // 2], ids[len(ids) // 2 :]) for ids in texts]
+        self.prefix = prefix or []
+
+    @torch.no_grad()
+    def cached(self, model: XCLlamaForCausalLM) -> list[ProjectedContext]:
+        """The first halves, from the caches of a model."""
+        contexts = [model.encode_context(torch.tensor([first], device=model.device)) for first, _ in self.halves]
+        return [model.project_context(context) for context in contexts]
+
+    @torch.no_grad()
+    def loss(
+        self, reader: PreTrainedModel, contexts: Sequence[ProjectedContext | None], places: Iterable[int] | None = None
+    ) -> float:
+        """Mean loss of the tokens of the second halves but their first, in nats.
+
+        Args:
+            contexts: what is read before each.
+            places: of the layers that read, those that do (None: all).
+        """
+        total, count = 0.0, 0
+        for (_, ids), context in zip(self.halves, contexts, strict=True):
+            rows = torch.tensor([self.prefix + ids], device=reader.device)
+            labels = rows.clone()
+            labels[:, : len(self.prefix) + 1] = -100
+            read = context if places is None else _read_by(context, set(places))
+            total += float(reader(rows, labels=labels, context_cache=read, use_cache=False).loss) * (len(ids) - 1)
+            count += len(ids) - 1
+        return total / count
+
+
 def measure(
     model: XCLlamaForCausalLM, teacher: Teacher, texts: list[list[int]], scores: dict[int, float], rank_layers: bool
 ) -> FitReport:
     """The losses of `texts` (token ids), and what each layer brings."""
-    halves = [(ids[: len(ids) // 2], ids[len(ids) // 2 :]) for ids in texts]
-    contexts = [_project(model, first) for first, _ in halves]
+    held_out = HeldOut(texts, model.config.context_prefix)
+    contexts = held_out.cached(model)
+    exact = [teacher.read([torch.tensor(first)], (0,)) for first, _ in held_out.halves]
+    cached = held_out.loss(model, contexts)
+    gain = gains(held_out, model, contexts, cached) if rank_layers else {}
+    nothing = [None] * len(contexts)
+    return FitReport(scores, cached, held_out.loss(teacher.model, exact), held_out.loss(model, nothing), gain, 0)
 
-    def loss(reader: PreTrainedModel, read: list[ProjectedContext | None]) -> float:
-        return _loss(reader, model.config.context_prefix or [], [second for _, second in halves], read)
 
-    exact = [teacher.read([torch.tensor(first)], (0,)) for first, _ in halves]
-    cached = loss(model, contexts)
-    layers = model.config.cross_attention_layers if rank_layers else []
-    gain = {}
+def gains(
+    held_out: HeldOut, model: XCLlamaForCausalLM, contexts: list[ProjectedContext], loss: float
+) -> dict[int, float]:
+    """By reading layer, how much `loss` rises when that layer alone does not read."""
+    layers = model.config.cross_attention_layers
+    found = {}
     for place, layer in enumerate(tqdm(layers, desc="what each layer brings", unit="layer")):
-        gain[layer] = loss(model, [_without(context, place) for context in contexts]) - cached
-    return FitReport(scores, cached, loss(teacher.model, exact), loss(model, [None] * len(halves)), gain, 0)
+        others = [other for other in range(len(layers)) if other != place]
+        found[layer] = held_out.loss(model, contexts, others) - loss
+    return found
 
 
-def _project(model: XCLlamaForCausalLM, ids: list[int]) -> ProjectedContext:
-    cache: ContextCache = model.encode_context(torch.tensor([ids], device=model.device))
-    return model.project_context(cache)
-
-
-def _without(context: ProjectedContext, place: int) -> ProjectedContext:
-    """`context` with nothing for the layer at `place` of those that read."""
-    keys, values = list(context.keys), list(context.values)
-    keys[place] = values[place] = None
-    return replace(context, keys=tuple(keys), values=tuple(values))
-
-
-def _loss(
-    reader: PreTrainedModel, prefix: list[int], texts: list[list[int]], read: list[ProjectedContext | None]
-) -> float:
-    """Mean loss of the tokens of `texts` but their first, in nats."""
-    total, count = 0.0, 0
-    for ids, context in zip(texts, read, strict=True):
-        rows = torch.tensor([prefix + ids], device=reader.device)
-        labels = rows.clone()
-        labels[:, : len(prefix) + 1] = -100
-        total += float(reader(rows, labels=labels, context_cache=context, use_cache=False).loss) * (len(ids) - 1)
-        count += len(ids) - 1
-    return total / count
+def _read_by(context: ProjectedContext, places: set[int]) -> ProjectedContext:
+    """`context` with nothing for layers at other places."""
+    parts = [
+        tuple(part if place in places else None for place, part in enumerate(packed))
+        for packed in (context.keys, context.values)
+    ]
+    return replace(context, keys=parts[0], values=parts[1])
