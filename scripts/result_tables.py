@@ -194,6 +194,32 @@ def ablations_table() -> str:
     return "\n".join(lines) + "\n" + source("ablations", result, [row.get("provenance") for row in result["rows"]])
 
 
+def reading_layers_table() -> str:
+    """What of the prompt's gain a reader without training keeps, and what it costs, by states and reading layers."""
+    result = read_result(RESULTS, "reading_layers")
+    if result is None:
+        return "Not measured yet: `python scripts/reading_layers.py`."
+    prompt, least = result["loss_prompt"], result["loss_without"]
+    length = f"{result['context_tokens']:,}"
+    lines = [
+        "| cached states | layers that read | loss of held-out text | of the prompt's gain | bytes a token, stored "
+        f"| resident | ms a token at {length} tokens |",
+        "|---|" + "---:|" * 6,
+    ]
+    for row in result["rows"]:
+        lines.append(
+            f"| {' and '.join(map(str, row['states']))} | {len(row['layers'])} | {row['loss']:.3f} "
+            f"| {100 * (least - row['loss']) / (least - prompt):.0f} % | {row['stored_bytes_per_token']:,} "
+            f"| {row['resident_bytes_per_token']:,} | {1000 * row['step_seconds']:.1f} |"
+        )
+    size, seconds = result["prompt_bytes_per_token"], result["prompt_step_seconds"]
+    lines += [
+        f"| keys and values of the prompt | all | {prompt:.3f} | 100 % | {size:,} | {size:,} | {1000 * seconds:.1f} |",
+        f"| none | | {least:.3f} | 0 % | | | |",
+    ]
+    return "\n".join(lines) + "\n" + source("reading_layers", result)
+
+
 def request_lines(result: dict[str, Any], only: tuple[str, ...] | None = None) -> list[str]:
     """Latency and bytes of requests at 4,096 tokens, or at the longest context that was measured."""
     measured = [int(name.split("_")[1]) for name in result if name.startswith("context_") and name[8:].isdecimal()]
@@ -345,6 +371,7 @@ TABLES = {
     "demo": demo_table,
     "evaluation": evaluation_table,
     "ablations": ablations_table,
+    "reading_layers": reading_layers_table,
     "store": store_table,
     "speed": speed_table,
     "kernels": kernels_table,
