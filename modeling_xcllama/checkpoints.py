@@ -1,17 +1,38 @@
-"""Folders of added weights (checkpoints/) as models: finds the base they belong to. Local, no part of Hub repos."""
+"""Folders of added weights (checkpoints/): the base that they belong to is found, and model and processor are made."""
 
-import json
 import os
 from pathlib import Path
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .configuration_xcllama import XCLlamaConfig
-from .modeling_xcllama import XCLlamaForCausalLM
-from .processing_xcllama import XCLlamaProcessor
 
-# what else of a saved config the model is built with
-KEPT_FIELDS = ("context_layer", "context_prefix", "context_max_length", "answer_threshold", "unanswerable_token_id")
+WEIGHTS_NAME = "cross_attention.safetensors"
+# fields that the base or the code gives, and those that are worked out anew
+OTHER_FIELDS = {"sub_configs_defaults", "sliding_window", "encoder_config", "template_version"}
+OTHER_FIELDS |= {"context_fingerprint", "base_model_digest"}
+# what the Auto classes and pipelines pass on for repositories: a folder has no use for it
+REPOSITORY_OPTIONS = (
+    "_from_auto",
+    "_from_pipeline",
+    "adapter_kwargs",
+    "code_revision",
+    "revision",
+    "trust_remote_code",
+)
+# the code of a folder of added weights: a file of three lines that takes the classes from the installed package
+AUTO_FILE = "xcllama_classes"
+AUTO_CLASSES = {
+    "AutoConfig": "XCLlamaConfig",
+    "AutoModelForCausalLM": "XCLlamaForCausalLM",
+    "AutoProcessor": "XCLlamaProcessor",
+}
+AUTO_CODE = '''"""Added weights: their code is in the installed package xcllama, their base is named in config.json."""
+
+from xcllama.models import ContextQuestionAnsweringPipeline, XCLlamaConfig, XCLlamaForCausalLM, XCLlamaProcessor
+
+__all__ = ["ContextQuestionAnsweringPipeline", "XCLlamaConfig", "XCLlamaForCausalLM", "XCLlamaProcessor"]
+'''
 
 
 def find_model(name_or_path: str) -> str:
@@ -21,52 +42,66 @@ def find_model(name_or_path: str) -> str:
     return str(local) if not Path(name_or_path).exists() and local.exists() else name_or_path
 
 
-def is_added_weights(folder: str | Path) -> bool:
+def is_added_weights(folder: str | os.PathLike) -> bool:
     """Whether `folder` holds added weights only (`save_cross_attention`), not a whole model."""
-    return (Path(folder) / "cross_attention.safetensors").is_file()
+    return (Path(folder) / WEIGHTS_NAME).is_file()
 
 
-def load_checkpoint(
-    folder: str | Path, base: str | PreTrainedModel | None = None, **options
-) -> tuple[XCLlamaForCausalLM, XCLlamaProcessor]:
-    """The model that a folder of added weights belongs to, and its processor.
+def from_added_weights(
+    model_class: type,
+    folder: str | os.PathLike,
+    base: str | PreTrainedModel | None = None,
+    config: XCLlamaConfig | None = None,
+    dtype="auto",
+    **options,
+) -> PreTrainedModel:
+    """The model that a folder of added weights belongs to, for `XCLlamaForCausalLM.from_pretrained`.
 
     Args:
-        folder: what `save_cross_attention` wrote.
         base: model, folder or Hub id of the decoder; None: the one named in the config.
-        options: `dtype` for the base, `attn_implementation`-like fields of the config.
+        config: of the folder, where it is loaded already.
+        dtype: for the base.
+        options: fields of the config, or arguments of the base's `from_pretrained` (`device_map`, ...).
 
     Raises:
         ValueError: the config names no base, or the weights do not fit it.
-        FileNotFoundError: no added weights in `folder`.
     """
-    folder = Path(folder)
-    if not is_added_weights(folder):
-        raise FileNotFoundError(f"no cross_attention.safetensors in {folder}.")
-    saved = json.loads((folder / "config.json").read_text())
-    base = base or saved.get("base_model_name_or_path")
+    saved = XCLlamaConfig.from_pretrained(folder) if config is None else config
+    base = base or saved.base_model_name_or_path
     if base is None:
         raise ValueError(f"{folder}/config.json names no base model; pass `base`.")
+    own = set(XCLlamaConfig.__annotations__) - OTHER_FIELDS
+    given = {name: value for name, value in options.items() if name not in REPOSITORY_OPTIONS}
+    fields = {name: given.pop(name) if name in given else getattr(saved, name) for name in sorted(own)}
+    if isinstance(base, PreTrainedModel) and given:
+        raise ValueError(f"the base is loaded already: leave out {', '.join(given)}.")
     if not isinstance(base, PreTrainedModel):
-        base = AutoModelForCausalLM.from_pretrained(find_model(base), dtype=options.pop("dtype", "auto"))
-    encoder, sources = None, [base.config._name_or_path]
-    if saved.get("encoder_config") is not None:
-        sources.append(find_model(saved["encoder_name_or_path"]))
+        # the Auto classes put this argument into the config
+        chosen = {} if saved._attn_implementation is None else {"attn_implementation": saved._attn_implementation}
+        base = AutoModelForCausalLM.from_pretrained(find_model(base), dtype=dtype, **chosen | given)
+    encoder = None
+    if saved.encoder_config is not None:
         # as many of its layers as were kept
-        encoder_config = AutoConfig.for_model(**saved["encoder_config"])
-        encoder = AutoModel.from_pretrained(sources[1], config=encoder_config, dtype=base.dtype)
-    fields = [
-        field
-        for field in XCLlamaConfig.__dataclass_fields__
-        if field.startswith("cross_attention_") or field in KEPT_FIELDS
-    ]
-    overrides = {field: saved[field] for field in fields if field in saved}
-    overrides |= {"base_model_name_or_path": saved.get("base_model_name_or_path")}
-    overrides |= {"encoder_name_or_path": saved.get("encoder_name_or_path")}
-    model = XCLlamaForCausalLM.from_decoder(base, encoder, init="random", **(overrides | options))
+        name = find_model(saved.encoder_name_or_path)
+        encoder = AutoModel.from_pretrained(name, config=saved.encoder_config, dtype=base.dtype)
+    model = model_class.from_decoder(base, encoder, init="random", **fields)
     model.load_cross_attention(folder)
-    tokenizers = [AutoTokenizer.from_pretrained(source) for source in sources]
-    if (template := folder / "chat_template.jinja").is_file():
+    return model.eval()
+
+
+def added_weights_tokenizers(folder: str | os.PathLike) -> tuple[XCLlamaConfig, list[PreTrainedTokenizerBase]]:
+    """Config and tokenizers (the decoder's, and a separate encoder's) of a folder of added weights.
+
+    Raises:
+        ValueError: the config names no base.
+    """
+    config = XCLlamaConfig.from_pretrained(folder)
+    if config.base_model_name_or_path is None:
+        raise ValueError(f"{folder}/config.json names no base model, whose tokenizer is needed.")
+    names = [config.base_model_name_or_path]
+    names += [] if config.encoder_config is None else [config.encoder_name_or_path]
+    tokenizers = [AutoTokenizer.from_pretrained(find_model(name)) for name in names]
+    if (template := Path(folder) / "chat_template.jinja").is_file():
         # the template that the weights were trained with
         tokenizers[0].chat_template = template.read_text()
-    return model.eval(), XCLlamaProcessor(*tokenizers, context_max_length=model.config.context_max_length)
+    return config, tokenizers

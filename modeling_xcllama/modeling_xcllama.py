@@ -1,5 +1,6 @@
 """XC-Llama: a frozen Llama decoder that reads cached contexts through added cross-attention (arXiv 2404.15420)."""
 
+import copy
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -17,6 +18,7 @@ from transformers.utils import can_return_tuple, logging
 
 from .added_modules import ADDED_PREFIXES
 from .atomic_file import save_tensors
+from .checkpoints import AUTO_CLASSES, AUTO_CODE, AUTO_FILE, WEIGHTS_NAME, from_added_weights, is_added_weights
 from .configuration_xcllama import XCLlamaConfig
 from .context_cache import ContextCache, ProjectedContext
 from .context_encoding import bare_encoder
@@ -26,14 +28,13 @@ from .decoding_speed import decoding_products
 from .fingerprint import weights_digest
 from .generation_xcllama import ContextGenerationMixin
 from .least_squares import fit_least_squares
-from .pipeline_xcllama import TASK, ContextQuestionAnsweringPipeline
+from .pipeline_xcllama import custom_pipelines, register_pipeline
 from .warm_start import copy_self_attention, zero_gates
 
 logger = logging.get_logger(__name__)
 
 DECODER_TYPES = ("llama", "mistral")
 INITIALIZATIONS = ("self_attention", "zero", "random", "least_squares")
-WEIGHTS_NAME = "cross_attention.safetensors"
 
 
 class XCLlamaForCausalLM(ContextGenerationMixin, XCLlamaPreTrainedModel, LlamaForCausalLM):
@@ -46,6 +47,8 @@ class XCLlamaForCausalLM(ContextGenerationMixin, XCLlamaPreTrainedModel, LlamaFo
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+        # `pipeline(TASK, model=model)` finds it for a model that is there
+        register_pipeline()
 
     @can_return_tuple
     def forward(
@@ -209,12 +212,29 @@ class XCLlamaForCausalLM(ContextGenerationMixin, XCLlamaPreTrainedModel, LlamaFo
         return model.train(base.training)
 
     @classmethod
-    def from_pretrained(cls, *args, **kwargs):
-        """`PreTrainedModel.from_pretrained`; the decoder comes frozen, as from `from_decoder`.
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        *args,
+        base: str | PreTrainedModel | None = None,
+        **kwargs,
+    ):
+        """`PreTrainedModel.from_pretrained`, also of added weights; the decoder comes frozen, as from `from_decoder`.
 
-        A `quantization_config` quantizes the decoder and leaves the added modules in 16 bit.
+        Args:
+            pretrained_model_name_or_path: Hub id or folder of a whole model, or a folder of added weights
+                (`save_cross_attention`), whose config names its base.
+            base: model, folder or Hub id of the decoder that added weights are put on, in place of their base.
+            kwargs: a `quantization_config` quantizes the decoder and leaves the added modules in 16 bit.
+
+        Raises:
+            ValueError: `base` for a whole model, or added weights that do not fit their base.
         """
-        loaded = super().from_pretrained(*args, **kwargs)
+        if is_added_weights(pretrained_model_name_or_path):
+            return from_added_weights(cls, pretrained_model_name_or_path, base, **kwargs)
+        if base is not None:
+            raise ValueError(f"`base` is for added weights, {pretrained_model_name_or_path} is a whole model.")
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.freeze_base()
         log_implementation(model.config.cross_attn_implementation, model.device)
@@ -223,15 +243,15 @@ class XCLlamaForCausalLM(ContextGenerationMixin, XCLlamaPreTrainedModel, LlamaFo
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
         """`PreTrainedModel.save_pretrained` with the code that remote loading needs."""
         self.config.auto_map = {"AutoModel": "modeling_xcllama.XCLlamaModel"}
-        implementation = f"pipeline_xcllama.{ContextQuestionAnsweringPipeline.__name__}"
-        self.config.custom_pipelines = {TASK: {"impl": implementation, "pt": ["AutoModelForCausalLM"]}}
+        self.config.custom_pipelines = custom_pipelines("pipeline_xcllama")
         super().save_pretrained(save_directory, **kwargs)
 
     def save_cross_attention(self, path: str | os.PathLike) -> None:
         """Write the trained weights only (cross-attention, and an encoder's that require gradients) and the config.
 
         Args:
-            path: a folder, made if needed; gets config.json and cross_attention.safetensors.
+            path: a folder, made if needed; gets config.json, cross_attention.safetensors, and a file that lets the
+                Auto classes find the code in the installed package.
         """
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
@@ -245,9 +265,11 @@ class XCLlamaForCausalLM(ContextGenerationMixin, XCLlamaPreTrainedModel, LlamaFo
         for config in filter(None, (self.config, self.config.encoder_config)):
             config.dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
         save_tensors(folder / WEIGHTS_NAME, tensors, {"format": "pt"})
-        self.config.save_pretrained(folder)
-        # the added weights are no complete model: no remote code beside them
-        (folder / "configuration_xcllama.py").unlink(missing_ok=True)
+        saved = copy.deepcopy(self.config)
+        saved.auto_map = {auto: f"{AUTO_FILE}.{name}" for auto, name in AUTO_CLASSES.items()}
+        saved.custom_pipelines = custom_pipelines(AUTO_FILE)
+        saved.to_json_file(folder / "config.json")
+        (folder / f"{AUTO_FILE}.py").write_text(AUTO_CODE)
 
     def load_cross_attention(self, path: str | os.PathLike) -> None:
         """Load what `save_cross_attention` wrote into this model.

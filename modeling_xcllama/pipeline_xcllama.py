@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from transformers import GenerationConfig, Pipeline
+from transformers import AutoModelForCausalLM, GenerationConfig, Pipeline
+from transformers.pipelines import PIPELINE_REGISTRY
 
 from .answer_scores import NOT_FOUND, answer_score, is_found, token_scores, unanswerable_probabilities
 from .context_cache import ContextCache, ProjectedContext
@@ -140,3 +141,14 @@ class ContextQuestionAnsweringPipeline(Pipeline):
             texts = [inputs["texts"][text] for text in group]
             spans = find_evidence(row, [mappings[text] for text in group], texts, num_spans=num_evidence)
             answer["evidence"] = [vars(span) for span in spans]
+
+
+def custom_pipelines(module: str) -> dict:
+    """What a config says of the pipeline, whose class stands in the file `module` beside it."""
+    return {TASK: {"impl": f"{module}.ContextQuestionAnsweringPipeline", "pt": ["AutoModelForCausalLM"]}}
+
+
+def register_pipeline() -> None:
+    """Let `pipeline(TASK, model=model, processor=processor)` find the class."""
+    if TASK not in PIPELINE_REGISTRY.get_supported_tasks():
+        PIPELINE_REGISTRY.register_pipeline(TASK, ContextQuestionAnsweringPipeline, pt_model=AutoModelForCausalLM)

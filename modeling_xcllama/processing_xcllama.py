@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from transformers import AutoTokenizer, BatchEncoding, PreTrainedTokenizerBase
 from transformers.processing_utils import ProcessorMixin
 
+from .checkpoints import added_weights_tokenizers, is_added_weights
+
 # a new version refuses caches made with the old one: raise it when `context_text` changes
 TEMPLATE_VERSION = "1"
 
@@ -188,6 +190,14 @@ class XCLlamaProcessor(ProcessorMixin):
     def to_dict(self) -> dict:
         """The processor's config."""
         return super().to_dict() | {"has_context_tokenizer": self._encoder_tokenizer is not None}
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "XCLlamaProcessor":
+        """`ProcessorMixin.from_pretrained`, also of a folder of added weights: with its base's tokenizer."""
+        if not is_added_weights(pretrained_model_name_or_path):
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        config, tokenizers = added_weights_tokenizers(pretrained_model_name_or_path)
+        return cls(*tokenizers, context_max_length=config.context_max_length)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> list[str]:
         """`ProcessorMixin.save_pretrained`, with an encoder's tokenizer in the subfolder context_tokenizer."""

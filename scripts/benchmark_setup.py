@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
 from modeling_xcllama import XCLlamaForCausalLM
-from modeling_xcllama.checkpoints import find_model, load_checkpoint
+from modeling_xcllama.checkpoints import find_model
 from modeling_xcllama.decoding_speed import decoding_products
+from xcllama.models import load_model
 
 SEED = 0
 QUESTION = "Who was the architect of the bridge, and when was it built?"
@@ -62,7 +63,7 @@ class Models:
         torch.manual_seed(SEED)
         self.dtype = torch.bfloat16 if bfloat16_is_fast() else torch.float32
         self.base = AutoModelForCausalLM.from_pretrained(find_model(BASE), dtype=self.dtype).eval()
-        self.hidden, self.processor = load_checkpoint(CHECKPOINT, base=self.base)
+        self.hidden, self.processor = load_model(CHECKPOINT, base=self.base)
         config = self.hidden.config
         fields = {"context_layer": config.context_layer, "cross_attention_layers": config.cross_attention_layers}
         self.condensed = XCLlamaForCausalLM.from_decoder(self.base, cross_attention_share_key_value=True, **fields)

@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
-from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer
+from transformers import AutoTokenizer
 
 from modeling_xcllama import XCLlamaForCausalLM, XCLlamaProcessor
-from modeling_xcllama.checkpoints import find_model, is_added_weights, load_checkpoint
+from modeling_xcllama.checkpoints import find_model, is_added_weights
+from xcllama import models
 
 ROOT = Path(__file__).resolve().parent.parent
 CHECKPOINT = ROOT / "checkpoints" / "xc-smollm2-135m"
@@ -25,7 +26,4 @@ def load_model(name: str | None):
         base = find_model(BASE)
         model = XCLlamaForCausalLM.from_decoder(base, context_layer=15, cross_attention_layers=list(range(14, 30, 2)))
         return model.eval(), XCLlamaProcessor(AutoTokenizer.from_pretrained(base))
-    if is_added_weights(name):
-        return load_checkpoint(name)
-    model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True, dtype="auto", device_map="auto")
-    return model.eval(), AutoProcessor.from_pretrained(name, trust_remote_code=True)
+    return models.load_model(name)

@@ -139,13 +139,6 @@ def test_remote_code_imports_siblings_as_the_loader_finds_them():
     reach("__init__", ())
 
 
-def test_local_files_stay_out_of_remote_code():
-    """What a Hub repo does not get (checkpoints.py) is reached by no remote file."""
-    for path in sources(PACKAGES["modeling_xcllama"]):
-        if path.stem not in ("__init__", "checkpoints"):
-            assert "from .checkpoints" not in path.read_text(), path
-
-
 def test_the_folder_kernels_does_not_shadow_the_package_kernels():
     assert not (ROOT / "kernels" / "__init__.py").exists()
     origin = Path(importlib.util.find_spec("kernels").origin)

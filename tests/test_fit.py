@@ -7,8 +7,8 @@ import torch
 from training_support import base_folder, tiny_tokenizer
 from transformers import LlamaForCausalLM
 
-from modeling_xcllama.checkpoints import load_checkpoint
 from xcllama.commands import main
+from xcllama.models import load_model
 from xcllama.training.fit import fit_reader
 
 
@@ -28,7 +28,7 @@ def test_a_fitted_reader_loads_and_its_cache_matters(base_folder, texts, tmp_pat
     assert min(report.r_squared.values()) > 0.9
     assert abs(report.loss_cached - report.loss_prompt) < 0.1 * abs(report.loss_without - report.loss_prompt) + 1e-3
     assert report.num_tokens > 1000
-    model, processor = load_checkpoint(tmp_path / "reader")
+    model, processor = load_model(tmp_path / "reader")
     assert model.config.reads_jointly
     assert model.config.context_prefix == processor.context_prefix() == tiny_tokenizer()("<user>")["input_ids"]
     cache = model.encode_context(**processor(contexts=[texts[0]], return_tensors="pt"))

@@ -16,7 +16,8 @@ from transformers import AutoProcessor, AutoTokenizer, BertConfig, BertModel, Ll
 from dataset_builders import SOURCES
 from dataset_builders.card import render_card
 from modeling_xcllama import XCLlamaConfig, XCLlamaForCausalLM
-from modeling_xcllama.checkpoints import is_added_weights, load_checkpoint
+from modeling_xcllama.checkpoints import is_added_weights
+from xcllama.models import load_model
 from xcllama.publishing.assembling import (
     assemble_adapter,
     assemble_kernel,
@@ -243,7 +244,7 @@ def test_cards_of_conversions(base, name, licence, groups):
 def test_a_conversion_is_assembled(tmp_path, monkeypatch):
     monkeypatch.setenv("XCLLAMA_CACHE", str(tmp_path / "cache"))
     added = make_checkpoint(tmp_path / "cache", tmp_path / "added", base_model_name_or_path=None)
-    model, processor = load_checkpoint(added, str(tmp_path / "cache" / "models" / "SmolLM2-135M-Instruct"))
+    model, processor = load_model(added, str(tmp_path / "cache" / "models" / "SmolLM2-135M-Instruct"))
     model.config.base_model_name_or_path = None
     model.save_pretrained(tmp_path / "whole")
     processor.save_pretrained(tmp_path / "whole")

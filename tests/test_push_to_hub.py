@@ -129,9 +129,9 @@ def test_all_kinds_there_and_back(tmp_path, monkeypatch, capsys):
 
 def check_read_back(found: dict, checkpoint: Path, folder: Path) -> None:
     """What the new process saw is what the sources are."""
-    from modeling_xcllama.checkpoints import load_checkpoint
+    from xcllama.models import load_model
 
-    model, processor = load_checkpoint(checkpoint)
+    model, processor = load_model(checkpoint)
     assert found["type"] == "transformers_modules"
     assert found["stranger"] == "RepositoryNotFoundError"
     assert found["digest"] == model.base_digest()

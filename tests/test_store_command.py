@@ -18,8 +18,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from modeling_xcllama import XCLlamaForCausalLM
-from modeling_xcllama.checkpoints import load_checkpoint
 from xcllama.commands.store import app
+from xcllama.models import load_model
 from xcllama.store import ContextStore
 from xcllama.store.documents import ReadReport, find_files, read_documents
 
@@ -130,7 +130,7 @@ def test_every_subcommand(corpus, checkpoint, tmp_path, monkeypatch):
     assert asked["hit"]["id"] == "c.pdf"
     assert asked["cost"]["bytes_read"] > 0
     assert "2 contexts" in run("get", store, "r1", "a.txt", "--output", tmp_path / "two.safetensors")[1]
-    loaded, _ = load_checkpoint(checkpoint)
+    loaded, _ = load_model(checkpoint)
     assert len(loaded.load_context(tmp_path / "two.safetensors")) == 2
     assert json.loads(run("stats", store)[1])["documents"] == 5
     assert 'xcllama_store_documents{namespace="default"} 5.0' in run("stats", store, "--prometheus")[1]
@@ -215,7 +215,7 @@ def test_a_stopped_add_says_what_is_kept_and_goes_on(corpus, checkpoint, tmp_pat
 
 
 def test_answers_through_the_store_are_those_of_the_bare_cache(corpus, checkpoint, tmp_path):
-    model, processor = load_checkpoint(checkpoint)
+    model, processor = load_model(checkpoint)
     documents = {document.id: document.text for document in read_documents(find_files([corpus]), ReadReport())}
     with ContextStore(tmp_path, model, processor) as store:
         store.add(documents.keys(), documents.values())

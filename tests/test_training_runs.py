@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from training_support import base_folder, batch_and_objective, equal, make_recipe, rows_file, sharp_folder, weights_of
 from transformers import LlamaForCausalLM
 
-from modeling_xcllama.checkpoints import load_checkpoint as load_checkpoint_folder
 from modeling_xcllama.fingerprint import weights_digest
+from xcllama.models import load_model
 from xcllama.provenance import write_result
 from xcllama.publishing.model_card import readme
 from xcllama.training.build import build_model
@@ -319,7 +319,7 @@ def test_the_smoke_recipe_runs_through(smollm2_folder, tmp_path):
     command += ["--export", str(tmp_path / "out")]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
-    model, processor = load_checkpoint_folder(tmp_path / "out")
+    model, processor = load_model(tmp_path / "out")
     cache = model.encode_context(**processor(contexts=["The boat is red."], return_tensors="pt"))
     assert (
         model.generate(

@@ -1,22 +1,47 @@
-"""The model that a command is told to use: a folder of added weights, a whole model's folder, or a Hub id."""
+"""The model that is named: a folder of added weights, a whole model's folder, or a Hub id."""
 
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
+from transformers.utils import logging
 
-from modeling_xcllama import XCLlamaForCausalLM, XCLlamaProcessor
-from modeling_xcllama.checkpoints import is_added_weights, load_checkpoint
+from modeling_xcllama import ContextQuestionAnsweringPipeline, XCLlamaConfig, XCLlamaForCausalLM, XCLlamaProcessor
+from modeling_xcllama.checkpoints import find_model, is_added_weights
+
+__all__ = [
+    "ContextQuestionAnsweringPipeline",
+    "XCLlamaConfig",
+    "XCLlamaForCausalLM",
+    "XCLlamaProcessor",
+    "load_model",
+]
 
 
-def load_model(name: str | Path) -> tuple[XCLlamaForCausalLM, XCLlamaProcessor]:
+def load_model(
+    name: str | Path, base: str | PreTrainedModel | None = None, **options
+) -> tuple[XCLlamaForCausalLM, XCLlamaProcessor]:
     """Model and processor, with the code of this package: nothing that a repository brings is run.
 
+    Args:
+        name: folder of added weights, folder or Hub id of a whole model; of a Hub id what `make models` fetched.
+        base: of added weights: model, folder or Hub id of the decoder, in place of the one in their config.
+        options: of `XCLlamaForCausalLM.from_pretrained`; without `device_map` on the accelerator where there is one.
+
     Raises:
-        ValueError: a folder that is no model.
+        ValueError: a model that reads no contexts, or a base that does not fit.
         OSError: no such folder or repository.
     """
-    if is_added_weights(name):
-        return load_checkpoint(name)
-    placed = {"device_map": "auto"} if torch.cuda.is_available() else {}
-    model = XCLlamaForCausalLM.from_pretrained(name, dtype="auto", **placed)
-    return model.eval(), XCLlamaProcessor.from_pretrained(name)
+    name = find_model(str(name))
+    kind = XCLlamaConfig.get_config_dict(name)[0].get("model_type")
+    if kind != XCLlamaConfig.model_type:
+        raise ValueError(f"{name} is a {kind!r} model, which reads no contexts: make a reader of it (`xcllama fit`).")
+    if torch.cuda.is_available() and not isinstance(base, PreTrainedModel):
+        options = {"device_map": "cuda" if is_added_weights(name) else "auto"} | options
+    # bars of the Hub's downloads stay; those of weights being read say nothing that a user can act on
+    before = logging.set_tqdm_hook(lambda factory, arguments, given: factory(*arguments, **given | {"disable": True}))
+    try:
+        model = XCLlamaForCausalLM.from_pretrained(name, base=base, **{"dtype": "auto"} | options)
+        return model.eval(), XCLlamaProcessor.from_pretrained(name)
+    finally:
+        logging.set_tqdm_hook(before)

@@ -19,12 +19,13 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 from transformers import AutoProcessor
 
-from modeling_xcllama.checkpoints import find_model, is_added_weights, load_checkpoint
+from modeling_xcllama.checkpoints import find_model, is_added_weights
 from xcllama.evaluation import decoding
 from xcllama.evaluation.contexts import ContextPool, Texts, contexts_of, other_contexts
 from xcllama.evaluation.cost import Cost, measured
 from xcllama.evaluation.decoding import Row
 from xcllama.evaluation.prompts import SEPARATOR, joined_contexts, split_prompt
+from xcllama.models import load_model
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +113,7 @@ class XCLlamaLM(HFLM):
         if not is_added_weights(pretrained):
             super()._get_config(pretrained, **options)
             return
-        self._loaded, self.processor = load_checkpoint(pretrained, base=self._base)
+        self._loaded, self.processor = load_model(pretrained, self._base)
         self._config = self._loaded.config
 
     def _create_tokenizer(self, pretrained, tokenizer, **options: Any) -> None:

@@ -11,9 +11,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from modeling_xcllama import ContextCache, ProjectedContext, XCLlamaProcessor
 from modeling_xcllama.answer_scores import token_scores, unanswerable_probabilities
-from modeling_xcllama.checkpoints import find_model, is_added_weights, load_checkpoint
+from modeling_xcllama.checkpoints import find_model, is_added_weights
 from xcllama.evaluation.decoding import bytes_per_token, pad
 from xcllama.evaluation.questions import Question
+from xcllama.models import load_model
 
 # what is read at a time, padding included: more takes more memory and is no faster
 BATCH_ROWS = 16
@@ -80,7 +81,7 @@ class Reader:
             options: of the constructor.
         """
         if is_added_weights(folder):
-            model, processor = load_checkpoint(folder, dtype=dtype)
+            model, processor = load_model(folder, dtype=dtype)
             return cls(model.to(device, dtype), processor, **options)
         base = folder
         if (config := Path(folder) / "adapter_config.json").is_file():

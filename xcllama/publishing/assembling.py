@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer
 from dataset_builders.building import build_mix_folder, read_table
 from dataset_builders.card import render_card
 from modeling_xcllama import XCLlamaForCausalLM
-from modeling_xcllama.checkpoints import find_model, is_added_weights, load_checkpoint
+from modeling_xcllama.checkpoints import find_model, is_added_weights
 from modeling_xcllama.fingerprint import weights_digest
+from xcllama.models import load_model
 from xcllama.publishing import checking
 from xcllama.publishing.checking import answer, require_equal, run_clean
 from xcllama.publishing.model_card import (
@@ -61,7 +62,7 @@ def load_source(source: Path, base: str | None = None):
         return model, AutoProcessor.from_pretrained(source, trust_remote_code=True)
     saved = json.loads((source / "config.json").read_text())
     try:
-        model, processor = load_checkpoint(source, base)
+        model, processor = load_model(source, base)
     except OSError as error:
         names = [base or saved.get("base_model_name_or_path"), saved.get("encoder_name_or_path")]
         needed = " and ".join(name for name in names if name)

@@ -10,7 +10,7 @@ from accelerate.utils import set_seed
 from torch import nn
 
 from dataset_builders.wheels import cache_folder
-from modeling_xcllama.checkpoints import load_checkpoint as load_added_weights
+from xcllama.models import load_model
 from xcllama.training.build import build_model, load_processor, parameter_counts
 from xcllama.training.checkpoints import load_checkpoint, open_run
 from xcllama.training.collator import Batch, Collator
@@ -68,7 +68,7 @@ def _start(recipe: Recipe, model: nn.Module, prompts: Prompts, texts: list[str])
     if section.transfer_from is None:
         start_in_closed_form(recipe, model, [prompts.context_ids(text) for text in few])
         return
-    source, target = load_added_weights(section.transfer_from, dtype=model.dtype), (model, prompts.processor)
+    source, target = load_model(section.transfer_from, dtype=model.dtype), (model, prompts.processor)
     transfer(source, target, few)
     if section.follow_steps:
         follow(source, target, texts, section.follow_steps, states_folder(), recipe.seed)
