@@ -1,6 +1,6 @@
 """How sure an answer is: the probabilities that its tokens were written with, and when it is better declined."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -65,3 +65,35 @@ def answer_score(scores: Tensor, unanswerable: float = 0.0) -> float:
 def is_found(score: float, threshold: float | None) -> bool:
     """Whether an answer of that score is given; without an `answer_threshold` every answer is."""
     return threshold is None or score >= threshold
+
+
+def judge(
+    model: PreTrainedModel,
+    decode: Callable[[Tensor], str],
+    outputs: GenerateOutput,
+    prompt_length: int,
+    end_tokens: int | Sequence[int] | None = None,
+) -> list[dict]:
+    """What is made of each generated answer, for everything that answers users.
+
+    Args:
+        decode: ids to text.
+        model, outputs, end_tokens: as in `token_scores`.
+        prompt_length: tokens before the answers.
+
+    Returns:
+        "answer", "score", and "found": False where the score is below the config's `answer_threshold`.
+    """
+    written = outputs.sequences[:, prompt_length:]
+    parts = token_scores(model, outputs, end_tokens), unanswerable_probabilities(model, outputs)
+    judged = []
+    for ids, scores, unanswerable in zip(written, *parts, strict=True):
+        score = answer_score(scores, unanswerable)
+        found = is_found(score, model.config.answer_threshold)
+        judged.append({"answer": decode(ids[: len(scores)]).strip(), "score": score, "found": found})
+    return judged
+
+
+def surest(judged: Sequence[dict]) -> int:
+    """Which of several judged answers to one question is given."""
+    return max(range(len(judged)), key=lambda place: (judged[place]["found"], judged[place]["score"]))

@@ -124,21 +124,20 @@ def rank_passages(question: str, passages: Sequence[str], most: int) -> list[int
     return sorted(range(len(passages)), key=lambda place: (-scores[place], place))[:most]
 
 
-def find_sentence(passage: str, question: str, answer: str) -> tuple[int, int]:
-    """(start, stop) of the sentence of a passage that an answer stands in; else the one most like both.
+def find_sentence(passages: Sequence[str], question: str, answer: str) -> tuple[int, int, int]:
+    """(passage, start, stop) of the sentence that an answer stands in; where it stands in none, of the most like it.
 
     Among several sentences with the answer the one that has most words of the question.
     """
-    spans = [(start, start + len(passage[start:stop].rstrip())) for start, stop, _ in _pieces(passage)]
-    if not spans:
-        return 0, len(passage)
     wanted, asked = words_of(answer), set(words_of(question))
-    pattern = r"\W+".join(map(re.escape, answer.lower().split())).strip()
-
-    def fit(span: tuple[int, int]) -> tuple:
-        own = passage[slice(*span)]
-        words = set(words_of(own))
-        stands = bool(pattern) and re.search(rf"(?<!\w){pattern}(?!\w)", own.lower()) is not None
-        return stands, len(words.intersection(wanted)), len(words & asked), -span[0]
-
-    return max(spans, key=fit)
+    pattern = r"\W+".join(map(re.escape, answer.lower().split()))
+    best, place = (False, -1, -1), (0, 0, 0)
+    for number, passage in enumerate(passages):
+        for start, stop, _ in _pieces(passage):
+            own = passage[start:stop].rstrip()
+            words = set(words_of(own))
+            stands = bool(pattern) and re.search(rf"(?<!\w){pattern}(?!\w)", own.lower()) is not None
+            fit = stands, len(words.intersection(wanted)), len(words & asked)
+            if fit > best:
+                best, place = fit, (number, start, start + len(own))
+    return place

@@ -19,9 +19,9 @@ from typer.testing import CliRunner
 
 from modeling_xcllama import XCLlamaForCausalLM
 from xcllama.commands.store import app
+from xcllama.documents import ReadReport, find_files, read_documents
 from xcllama.models import load_model
 from xcllama.store import ContextStore
-from xcllama.store.documents import ReadReport, find_files, read_documents
 
 
 def pdf_bytes(text: str) -> bytes:

@@ -10,51 +10,16 @@ from typing import Annotated
 
 import typer
 
+from xcllama.commands.ask import ask, shown
+from xcllama.commands.opening import CHECKPOINT, AsJson, K, Model, Namespace, Store, Where, load, open_store
 from xcllama.progress import duration
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-CHECKPOINT = "checkpoints/xc-smollm2-135m"
-
-Store = Annotated[str, typer.Argument(help="Folder of a store; where it is only read also a snapshot: URL or Hub id.")]
-Namespace = Annotated[str | None, typer.Option(help="Part of the store; the default one has no name.")]
-Model = Annotated[
-    str | None, typer.Option(help="Added weights, model folder or Hub id; default: what made the store.")
-]
-Where = Annotated[str | None, typer.Option(help='JSON of metadata that documents must have: {"lang": "en"}.')]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-K = Annotated[int, typer.Option("-k", min=1, help="Passages to find.")]
 
 
 @app.callback()
 def _about() -> None:
     """Documents encoded once, searched, asked, looked after, shared."""
-
-
-def _open(store: str, namespace: str | None, model=None, processor=None, **options):
-    from xcllama.store import ContextStore
-    from xcllama.store.manifest import is_snapshot
-
-    if not is_snapshot(store) and not Path(store).is_dir():
-        raise ValueError(f"no store at {store}; make one with `xcllama store add`.")
-    return ContextStore.open(store, model, processor, namespace, **options)
-
-
-def _load(name: str | None, store: str, namespace: str | None):
-    """Model, processor and the model's name: as given, as the store says, or the repository's checkpoint."""
-    from transformers.utils import logging
-
-    from xcllama.models import load_model
-    from xcllama.store.manifest import is_snapshot
-
-    # this process is a command: the bars of weights being loaded say nothing that its user can act on
-    logging.disable_progress_bar()
-    if name is None and (is_snapshot(store) or Path(store).is_dir()):
-        with _open(store, namespace) as opened:
-            name = opened.catalogue.meta["model"] or None
-    name = name or (CHECKPOINT if Path(CHECKPOINT).is_dir() else None)
-    if name is None:
-        raise ValueError("nothing says which model encodes: name one with --model.")
-    return *load_model(name), str(Path(name).absolute()) if Path(name).is_dir() else name
 
 
 @app.command()
@@ -75,13 +40,13 @@ def add(
     as_json: AsJson = False,
 ) -> None:
     """Encode what is new or changed. Interrupted, it keeps what is done; run again, it goes on."""
+    from xcllama.documents import ReadReport, find_files, read_documents
     from xcllama.store import ContextStore
-    from xcllama.store.documents import ReadReport, find_files, read_documents
 
     files = find_files(paths)
     size = sum(path.stat().st_size for path in files.values())
     typer.echo(f"{len(files)} files, {size / 1e6:,.1f} MB", err=True)
-    encoder, processor, name = _load(model, store, namespace)
+    encoder, processor, name = load(model, store, namespace)
     read = ReadReport()
     options = {"dtype": dtype, "max_bytes": max_bytes}
     with ContextStore(store, encoder, processor, namespace or "default", **options) as opened, _stoppable() as stopped:
@@ -174,7 +139,7 @@ def _added_lines(report, read, stopped: bool) -> list[str]:
 @app.command("list")
 def list_documents(store: Store, namespace: Namespace = None, as_json: AsJson = False) -> None:
     """List the documents: id, passages, tokens."""
-    with _open(store, namespace) as opened:
+    with open_store(store, namespace) as opened:
         rows = opened.catalogue.rows(
             "SELECT id, COUNT(*), SUM(tokens), metadata FROM documents JOIN passages USING (document) "
             "JOIN states USING (state) WHERE expires > unixepoch() GROUP BY document ORDER BY document"
@@ -188,55 +153,20 @@ def list_documents(store: Store, namespace: Namespace = None, as_json: AsJson = 
         typer.echo("\n".join(f"{tokens:>9,} tokens {count:>5} passages  {name}" for name, count, tokens, _ in rows))
 
 
-def _shown(hit) -> str:
-    """Where a passage stands, and how it begins."""
-    page = f", page {hit.page}" if hit.page else ""
-    return f"{hit.id} (score {hit.score:.2f}{page}, {hit.tokens} tokens): {' '.join(hit.snippet.split())}"
-
-
 @app.command()
 def search(
     store: Store, words: str, k: K = 4, where: Where = None, namespace: Namespace = None, as_json: AsJson = False
 ) -> None:
     """Print the passages that match words best."""
-    with _open(store, namespace) as opened:
+    with open_store(store, namespace) as opened:
         hits = opened.search(words, k, json.loads(where) if where else None)
     if as_json:
         typer.echo(json.dumps([asdict(hit) | {"page": hit.page} for hit in hits], ensure_ascii=False))
     else:
-        typer.echo("\n".join(map(_shown, hits)) if hits else "nothing found")
+        typer.echo("\n".join(map(shown, hits)) if hits else "nothing found")
 
 
-@app.command()
-def ask(
-    store: Store,
-    question: str,
-    model: Model = None,
-    k: K = 4,
-    where: Where = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 32,
-    namespace: Namespace = None,
-    as_json: AsJson = False,
-) -> None:
-    """Answer a question from the passage whose answer is the surest; print where it stands and what it cost."""
-    from xcllama.store.answering import ask as answer_from
-
-    encoder, processor, _ = _load(model, store, namespace)
-    condition = json.loads(where) if where else None
-    with _open(store, namespace, encoder, processor) as opened:
-        answer = answer_from(opened, encoder, processor, question, k=k, where=condition, max_new_tokens=max_new_tokens)
-    cost = answer.cost
-    if as_json:
-        typer.echo(json.dumps(asdict(answer) | {"question": question}, ensure_ascii=False))
-        return
-    typer.echo(f"{answer.text}  (score {answer.score:.2f})")
-    for hit in sorted(answer.hits, key=lambda hit: hit != answer.hit):
-        typer.echo(f"{'from' if hit == answer.hit else 'also'} {_shown(hit)}")
-    typer.echo(
-        f"cost: {cost.hits} passages, {cost.bytes_read:,} bytes read, {cost.bytes_fetched:,} fetched; search "
-        f"{1e3 * cost.search_seconds:.1f} ms, load {1e3 * cost.get_seconds:.1f} ms, first token "
-        f"{1e3 * answer.first_token_seconds:.0f} ms, all {answer.seconds:.2f} s"
-    )
+app.command("ask")(ask)
 
 
 @app.command()
@@ -247,7 +177,7 @@ def get(
     namespace: Namespace = None,
 ) -> None:
     """Read documents' states, one row each."""
-    with _open(store, namespace) as opened:
+    with open_store(store, namespace) as opened:
         cache = opened.get(ids)
         if output:
             cache.save(output)
@@ -261,7 +191,7 @@ def stats(
     namespace: Namespace = None,
 ) -> None:
     """Print sizes and counters."""
-    with _open(store, namespace) as opened:
+    with open_store(store, namespace) as opened:
         typer.echo(opened.prometheus() if prometheus else json.dumps(opened.stats(), indent=1, ensure_ascii=False))
 
 
@@ -273,8 +203,8 @@ def verify(
     namespace: Namespace = None,
 ) -> None:
     """Read everything; exit status 1 if something is damaged and stays so."""
-    loaded = _load(model, store, namespace)[:2] if repair else (None, None)
-    with _open(store, namespace, *loaded) as opened:
+    loaded = load(model, store, namespace)[:2] if repair else (None, None)
+    with open_store(store, namespace, *loaded) as opened:
         report = opened.verify(repair=repair)
     for name in report.damaged:
         typer.echo(f"damaged: {name}" + (" (encoded again)" if name in report.repaired else ""))
@@ -287,7 +217,7 @@ def verify(
 @app.command()
 def compact(store: Store, namespace: Namespace = None) -> None:
     """Join small shards, drop what dead documents hold."""
-    with _open(store, namespace) as opened:
+    with open_store(store, namespace) as opened:
         typer.echo(f"{opened.compact():,} bytes won back")
 
 
@@ -299,7 +229,7 @@ def evict(
     namespace: Namespace = None,
 ) -> None:
     """Remove documents."""
-    with _open(store, namespace) as opened:
+    with open_store(store, namespace) as opened:
         typer.echo(f"{opened.evict(ids or None, max_bytes)} documents removed")
 
 
@@ -322,7 +252,7 @@ def push(
     namespace: Namespace = None,
 ) -> None:
     """Publish a snapshot, which `ask`, `search` and `pull` read where it is."""
-    with _open(store, namespace) as opened:
+    with open_store(store, namespace) as opened:
         _said(opened.snapshot(url, overwrite=overwrite, title=title, license_id=license_id), url)
 
 

@@ -8,10 +8,12 @@ from time import perf_counter
 
 from torch import Tensor
 
+from modeling_xcllama.passages import split_passages
+
 from .catalogue import Catalogue, NewDocument, NewPassage, NewState
 from .counters import Metrics
-from .documents import index_text, split_passages
 from .encoding import content_digest, contexts_of, encode, groups, tokenize, tokens_per_call
+from .search import index_text
 from .shards import HEADER_BYTES, describe, new_shard_name, parts_checksum, write_shard
 
 # seconds of encoding that a crash may lose: shards of slow machines are written before they are full

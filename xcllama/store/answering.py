@@ -6,7 +6,8 @@ from time import perf_counter
 import torch
 from transformers import StoppingCriteria
 
-from modeling_xcllama.pipeline_xcllama import ContextQuestionAnsweringPipeline
+from modeling_xcllama.answer_scores import NOT_FOUND
+from modeling_xcllama.pipeline_xcllama import NUM_PASSAGES, ContextQuestionAnsweringPipeline
 
 from .counters import Counters
 from .search import Hit
@@ -14,19 +15,29 @@ from .search import Hit
 
 @dataclass
 class Answer:
-    """An answer and the passage that it was read from, what else was found, and what it cost.
+    """An answer, the sentence and passage that it was read from, what else was read, and what it cost.
 
     Args:
-        score: the pipeline's, larger is surer.
-        hit: the passage.
+        text: the answer, or that there is none in these documents.
+        score: of the answer, from 0 to 1 (`modeling_xcllama.answer_scores.judge`).
+        found: False: the answer was declined, or the search found nothing.
+        sentence: that the answer stands in.
+        start, end: its characters in the document's text.
+        hit: the passage; None where nothing was found.
         hits: all that were read, in the order of the search.
+        answers: of each of them: its own answer, score and whether it counts.
         cost: of search and states.
     """
 
     text: str
     score: float
-    hit: Hit
+    found: bool
+    sentence: str
+    start: int
+    end: int
+    hit: Hit | None
     hits: list[Hit]
+    answers: list[dict]
     cost: Counters
     first_token_seconds: float
     seconds: float
@@ -44,27 +55,38 @@ class FirstToken(StoppingCriteria):
 
 
 def ask(
-    store, model, processor, question: str, *, k: int = 4, where: dict | None = None, max_new_tokens: int = 32
+    store, model, processor, question: str, *, k: int = NUM_PASSAGES, where: dict | None = None, **generate_kwargs
 ) -> Answer:
     """Answer from the passage, of the `k` that the search finds, whose answer scores best.
 
     Args:
         store: a `ContextStore` of this model.
         where: metadata of the documents to search.
-
-    Raises:
-        ValueError: nothing in the store has a word of the question.
+        generate_kwargs: of the pipeline, `max_new_tokens=32` by default.
     """
     begin = perf_counter()
     with store.request() as cost:
         hits = store.search(question, k, where)
-        if not hits:
-            raise ValueError(f"no document of the store has a word of the question {question!r:.80}.")
-        cache = store.get(hits)
+        cache = store.get(hits) if hits else None
+    if cache is None:
+        return Answer(NOT_FOUND, 0.0, False, "", 0, 0, None, [], [], cost, 0.0, perf_counter() - begin)
     answering = ContextQuestionAnsweringPipeline(model=model, processor=processor)
     first = FirstToken()
-    options = {"max_new_tokens": max_new_tokens, "do_sample": False, "stopping_criteria": [first]}
-    answers = answering([question] * len(hits), context_cache=cache, **options)["answers"]
-    best = max(range(len(hits)), key=lambda place: answers[place]["score"])
-    answer = answers[best]
-    return Answer(answer["answer"], answer["score"], hits[best], hits, cost, first.seconds, perf_counter() - begin)
+    options = {"max_new_tokens": 32, "stopping_criteria": [first], "num_passages": k} | generate_kwargs
+    texts = [[hit.text for hit in hits]]
+    (answer,) = answering(question, texts, cache.join([range(len(hits))]), **options)["answers"]
+    own = {one["document"]: one for one in answer["passages"]}
+    return Answer(
+        text=answer["answer"],
+        score=answer["score"],
+        found=answer["found"],
+        sentence=answer["sentence"],
+        start=hits[answer["document"]].start + answer["start"],
+        end=hits[answer["document"]].start + answer["end"],
+        hit=hits[answer["document"]],
+        hits=hits,
+        answers=[{name: own[place][name] for name in ("answer", "score", "found")} for place in range(len(hits))],
+        cost=cost,
+        first_token_seconds=first.seconds,
+        seconds=perf_counter() - begin,
+    )

@@ -21,9 +21,11 @@ import pyarrow
 import pyarrow.parquet
 from tqdm import tqdm
 
+from modeling_xcllama.passages import PASSAGE_TOKENS
+from xcllama.documents import Document, read_parquet
+
 from .adding import cut, new_states
 from .catalogue import NewPassage, NewState
-from .documents import PASSAGE_TOKENS, Document, read_parquet
 from .encoding import contexts_of, encode, groups, tokens_per_call
 from .manifest import FileEntry, Folder, Manifest, render_card, sha256_of, write_part
 from .shards import describe, dtype_of, write_shard

@@ -9,8 +9,12 @@ from dataclasses import dataclass
 import regex
 
 from .catalogue import Catalogue
-from .documents import UNSPACED, letter_pairs
 
+# runs of letters of scripts that put no spaces between words (Hangul: none before particles)
+UNSPACED = regex.compile(
+    r"[\p{Han}\p{Hiragana}\p{Katakana}ー\p{Hangul}\p{Bopomofo}\p{Yi}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}"
+    r"\p{Tai_Le}\p{New_Tai_Lue}\p{Tai_Tham}\p{Javanese}\p{Balinese}]+"
+)
 # left out of queries that have rarer words: their postings make up most of a search's time
 STOP_WORDS = frozenset(
     "a about an and are as at be been but by can could did do does for from had has have he her his how i if in into "
@@ -57,6 +61,21 @@ class Hit:
         """The page of a paged document on which the passage starts, from 1."""
         starts = self.metadata.get("pages")
         return bisect_right(starts, self.start) if starts else None
+
+
+def index_text(text: str) -> str:
+    """What the words index holds of a text: words as they are, unspaced scripts as pairs of letters.
+
+    A run of such letters becomes its overlapping pairs and its last letter, so that any part of it is found as a
+    phrase of pairs, and a single letter as the start of a word.
+    """
+    text = unicodedata.normalize("NFKC", text)
+    return UNSPACED.sub(lambda run: f" {' '.join(letter_pairs(run[0]))} {run[0][-1]} ", text)
+
+
+def letter_pairs(run: str) -> list[str]:
+    """The overlapping pairs of letters of a run of at least two; none of a single letter."""
+    return [run[place : place + 2] for place in range(len(run) - 1)]
 
 
 def terms_of(query: str) -> dict[str, str]:

@@ -10,17 +10,17 @@ from pathlib import Path
 from tqdm import tqdm
 
 from modeling_xcllama.context_cache import ContextCache
+from modeling_xcllama.passages import PASSAGE_TOKENS
 
 from .adding import Adder, AddReport, Writer, checked_row, zip_rows
 from .catalogue import FOREVER, Catalogue, NewDocument, NewPassage
 from .counters import Counters, Metrics
-from .documents import PASSAGE_TOKENS, index_text
 from .encoding import DTYPES, content_digest, contexts_of, convert
 from .manifest import Manifest, is_snapshot
 from .opening import check_count, check_opener, expiry, namespace_folder, new_meta, opens_read_only
 from .reading import MissingDocumentError, Reader, VerifyReport
 from .remote import Snapshot
-from .search import Hit, search
+from .search import Hit, index_text, search
 from .shards import DamagedShardError, MappedShard, describe, dtype_of
 from .snapshots import write_snapshot
 from .upkeep import Handle, Room

@@ -1,4 +1,4 @@
-"""Documents out of files, each with its text, and passages out of documents.
+"""Documents out of files, each with its text: the one reader of the commands, the Space and the server.
 
 Readers turn html, docx and epub into Markdown, so that headings and paragraphs are known when passages are cut; what
 cannot be read is skipped and reported.
@@ -6,10 +6,9 @@ cannot be read is skipped and reported.
 
 import io
 import json
-import unicodedata
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -17,14 +16,6 @@ from xml.etree import ElementTree
 
 import regex
 
-# runs of letters of scripts that put no spaces between words (Hangul: none before particles)
-UNSPACED = regex.compile(
-    r"[\p{Han}\p{Hiragana}\p{Katakana}ー\p{Hangul}\p{Bopomofo}\p{Yi}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}"
-    r"\p{Tai_Le}\p{New_Tai_Lue}\p{Tai_Tham}\p{Javanese}\p{Balinese}]+"
-)
-# tokens of a passage: at least, and at most without and with the words that it repeats where a sentence was cut
-PASSAGE_TOKENS = (100, 220, 250)
-SENTENCE_ENDS = tuple(".!?…:;。！？；؟।|\"')]}»”’」』")
 # what the unpacked parts of a docx or epub file may have together
 MAX_UNPACKED_BYTES = 512 << 20
 ROWS_AT_ONCE = 1024
@@ -277,54 +268,3 @@ def _row(record: dict, id_column: str, text_column: str, where: str) -> Document
     metadata = {name: value for name, value in record.items() if value is not None}
     # dates, bytes and the like become text: metadata are JSON
     return Document(str(document_id), text, json.loads(json.dumps(metadata, default=str)), len(text))
-
-
-def split_passages(
-    text: str, count_tokens: Callable[[str], int], sizes: tuple[int, int, int] = PASSAGE_TOKENS
-) -> list[tuple[int, int]]:
-    """(start, stop) of the passages of a text in its characters: headings and paragraphs first, then sentences.
-
-    A sentence that is longer than a passage is cut between words, and what follows repeats the last words before
-    the cut. What lies between passages is white space.
-
-    Args:
-        count_tokens: how many tokens a text has.
-        sizes: tokens of a passage: at least (where the text allows it), at most, at most with repeated words.
-    """
-    from semantic_text_splitter import MarkdownSplitter
-
-    least, most, whole = sizes
-    if count_tokens(text) <= whole:
-        return [(0, len(text))]
-    chunks = MarkdownSplitter.from_callback(count_tokens, (least, most)).chunk_indices(text)
-    spans = [(start, start + len(chunk)) for start, chunk in chunks]
-    return [(_repeat(text, spans, place, whole - most), stop) for place, (_, stop) in enumerate(spans)]
-
-
-def _repeat(text: str, spans: Sequence[tuple[int, int]], place: int, tokens: int) -> int:
-    """Where a passage starts: earlier where the one before it ends within a sentence, by at most so many tokens."""
-    start = spans[place][0]
-    if not place:
-        return start
-    before, end = spans[place - 1]
-    if text.endswith(SENTENCE_ENDS, before, end) or "\n" in text[end:start]:
-        return start
-    # a token has a letter at least
-    window = text[max(before, end - tokens) : end]
-    blank = regex.search(r"\s+", window)
-    return end - len(window) + (blank.end() if blank else 0)
-
-
-def index_text(text: str) -> str:
-    """What the words index holds of a text: words as they are, unspaced scripts as pairs of letters.
-
-    A run of such letters becomes its overlapping pairs and its last letter, so that any part of it is found as a
-    phrase of pairs, and a single letter as the start of a word.
-    """
-    text = unicodedata.normalize("NFKC", text)
-    return UNSPACED.sub(lambda run: f" {' '.join(letter_pairs(run[0]))} {run[0][-1]} ", text)
-
-
-def letter_pairs(run: str) -> list[str]:
-    """The overlapping pairs of letters of a run of at least two; none of a single letter."""
-    return [run[place : place + 2] for place in range(len(run) - 1)]

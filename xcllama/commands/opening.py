@@ -1,0 +1,40 @@
+"""What the commands on a store share: their arguments, and how store and model are opened."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+CHECKPOINT = "checkpoints/xc-smollm2-135m"
+
+Store = Annotated[str, typer.Argument(help="Folder of a store; where it is only read also a snapshot: URL or Hub id.")]
+Namespace = Annotated[str | None, typer.Option(help="Part of the store; the default one has no name.")]
+Model = Annotated[
+    str | None, typer.Option(help="Added weights, model folder or Hub id; default: what made the store.")
+]
+Where = Annotated[str | None, typer.Option(help='JSON of metadata that documents must have: {"lang": "en"}.')]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+K = Annotated[int, typer.Option("-k", min=1, help="Passages to find.")]
+
+
+def open_store(store: str, namespace: str | None, model=None, processor=None, **options):
+    from xcllama.store import ContextStore
+    from xcllama.store.manifest import is_snapshot
+
+    if not is_snapshot(store) and not Path(store).is_dir():
+        raise ValueError(f"no store at {store}; make one with `xcllama store add`.")
+    return ContextStore.open(store, model, processor, namespace, **options)
+
+
+def load(name: str | None, store: str, namespace: str | None):
+    """Model, processor and the model's name: as given, as the store says, or the repository's checkpoint."""
+    from xcllama.models import load_model
+    from xcllama.store.manifest import is_snapshot
+
+    if name is None and (is_snapshot(store) or Path(store).is_dir()):
+        with open_store(store, namespace) as opened:
+            name = opened.catalogue.meta["model"] or None
+    name = name or (CHECKPOINT if Path(CHECKPOINT).is_dir() else None)
+    if name is None:
+        raise ValueError("nothing says which model encodes: name one with --model.")
+    return *load_model(name), str(Path(name).absolute()) if Path(name).is_dir() else name
