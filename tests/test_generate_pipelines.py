@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, pipeline
 
-from modeling_xcllama import ContextQuestionAnsweringPipeline, XCLlamaConfig, XCLlamaProcessor, find_evidence
+from modeling_xcllama import (
+    ContextQuestionAnsweringPipeline,
+    XCLlamaConfig,
+    XCLlamaProcessor,
+    find_evidence,
+    pipeline_xcllama,
+)
+from modeling_xcllama.answer_scores import NOT_FOUND
+from modeling_xcllama.passages import split_passages
 
 WORDS = (
     "Question Answer : the a capital of is France Italy Paris Rome what where who river Seine Tiber . ? and".split()
@@ -66,7 +74,8 @@ def expected_answer(model, processor, question, texts, new_tokens=6):
 def test_answers_and_scores(model, processor, answering):
     questions = ["what is the capital ?", "where is the river Tiber ?", "who is Rome ?"]
     groups = [FRANCE, [ITALY], [FRANCE, ITALY]]
-    result = answering(questions, contexts=groups)
+    together = {"num_passages": None}
+    result = answering(questions, contexts=groups, **together)
     assert len(result["cache"]) == len({answer["answer"] for answer in result["answers"]}) == 3
     for question, texts, answer in zip(questions, groups, result["answers"], strict=True):
         texts = [texts] if isinstance(texts, str) else texts
@@ -74,7 +83,7 @@ def test_answers_and_scores(model, processor, answering):
         assert answer["answer"] == text
         assert answer["score"] == pytest.approx(score, abs=1e-4)
     # the cache that came out answers again, without the texts, and so does one row for all questions
-    again = answering(questions, context_cache=result["cache"])
+    again = answering(questions, context_cache=result["cache"], **together)
     assert again["answers"] == result["answers"]
     one = answering(questions, context_cache=result["cache"].select([0]))
     shared = answering(questions, contexts=FRANCE)
@@ -108,8 +117,53 @@ def test_equal_texts_are_encoded_once(answering):
     assert cache.rows == ((0, 1), (0,))
 
 
+def test_the_surest_of_the_passages_that_fit_answers(model, processor, answering, monkeypatch):
+    """A long text is split; its passages are found, read each by itself, and places are those of the text."""
+    paragraphs = [FRANCE, ITALY, "who is Rome ?", "where is France ?"]
+    text = "\n\n".join(paragraphs)
+    monkeypatch.setattr(
+        pipeline_xcllama, "split_passages", lambda text, count: split_passages(text, count, (4, 22, 24))
+    )
+    question = "what is the capital of Italy ?"
+    (alone,) = answering(question, contexts=[["", text]], num_passages=1)["answers"]
+    assert [text[p["start"] : p["end"]] for p in alone["passages"]] == [ITALY]
+    result = answering([question, "who is Rome ?"], contexts=text, num_passages=3, num_evidence=1)
+    for asked, answer in zip([question, "who is Rome ?"], result["answers"], strict=True):
+        assert len(answer["passages"]) == 3
+        own = [expected_answer(model, processor, asked, [read["text"]]) for read in answer["passages"]]
+        assert [read["answer"] for read in answer["passages"]] == [text for text, _ in own]
+        assert answer["score"] == pytest.approx(max(score for _, score in own), abs=1e-4)
+        chosen = next(read for read in answer["passages"] if read["score"] == answer["score"])
+        assert answer["answer"] == chosen["answer"]
+        for place in (answer, *answer["evidence"]):
+            assert chosen["start"] <= place["start"] < place["end"] <= chosen["end"]
+        assert text[answer["start"] : answer["end"]] == answer["sentence"]
+        assert text[answer["evidence"][0]["start"] : answer["evidence"][0]["end"]] == answer["evidence"][0]["text"]
+    # the cache alone, and with its texts
+    cache = result["cache"].select([0])
+    assert len(cache.rows[0]) == 4
+    again = answering(question, context_cache=cache, num_passages=3)["answers"][0]
+    assert (again["answer"], again["score"]) == (result["answers"][0]["answer"], result["answers"][0]["score"])
+    texts = [[f"{own} " for own in paragraphs]]
+    beside = answering(question, texts, cache, num_passages=3, num_evidence=1)["answers"][0]
+    assert beside["sentence"] in texts[0][beside["document"]]
+    with pytest.raises(ValueError, match=r"texts of the cache's documents, row by row: \[4\]"):
+        answering(question, [[FRANCE]], cache)
+
+
+def test_what_is_below_the_threshold_is_declined_with_what_was_read(model, answering, monkeypatch):
+    given = answering("what is the capital ?", contexts=[[FRANCE, ITALY]])["answers"][0]
+    monkeypatch.setattr(model.config, "answer_threshold", given["score"] + 1e-3)
+    declined = answering("what is the capital ?", contexts=[[FRANCE, ITALY]])["answers"][0]
+    assert (declined["answer"], declined["found"]) == (NOT_FOUND, False)
+    assert declined["score"] == given["score"]
+    assert {read["answer"] for read in declined["passages"]} >= {given["answer"]}
+
+
 def test_beams_and_evidence(answering):
-    result = answering("what is the capital ?", contexts=[[FRANCE, ITALY]], num_beams=3, num_evidence=2)
+    result = answering(
+        "what is the capital ?", contexts=[[FRANCE, ITALY]], num_beams=3, num_evidence=2, num_passages=None
+    )
     (answer,) = result["answers"]
     assert 0 < answer["score"] <= 1
     assert len(answer["evidence"]) == 2
@@ -120,7 +174,8 @@ def test_beams_and_evidence(answering):
 
 def test_pipeline_errors(answering):
     for options, message in [
-        ({}, "exactly one"),
+        ({}, "give `contexts`, `context_cache`"),
+        ({"contexts": FRANCE, "num_passages": 0}, "`num_passages` must be at least 1"),
         ({"contexts": [FRANCE] * 3}, "2 questions need as many contexts"),
         ({"contexts": [FRANCE]}, "2 questions need as many contexts"),
         ({"contexts": FRANCE, "num_return_sequences": 2, "num_beams": 2}, "one answer a question"),

@@ -18,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from modeling_xcllama import XCLlamaForCausalLM
+from modeling_xcllama.answer_scores import NOT_FOUND
 from xcllama.commands.store import app
 from xcllama.documents import ReadReport, find_files, read_documents
 from xcllama.models import load_model
@@ -123,11 +124,15 @@ def test_every_subcommand(corpus, checkpoint, tmp_path, monkeypatch):
     assert run("search", store, "bridge", "--where", '{"lang": "en"}')[1].startswith("r1 ")
     status, output = run("ask", store, "When does the ferry leave?", "--max-new-tokens", "3", "-k", "2")
     assert status == 0
-    assert "from c.pdf (score" in output
-    assert "page 1" in output
+    assert "from c.pdf, page 1: The ferry leaves at noon." in output
     assert re.search(r"cost: 1 passages, [\d,]+ bytes read", output)
     asked = json.loads(run("ask", store, "ferry", "--json", "--max-new-tokens", "2")[1])
     assert asked["hit"]["id"] == "c.pdf"
+    assert (asked["sentence"], asked["start"], asked["end"]) == ("The ferry leaves at noon.", 0, 25)
+    assert [own["found"] for own in asked["answers"]] == [True]
+    # a question of words that no document has is declined, not refused
+    asked = json.loads(run("ask", store, "zeppelin", "--json")[1])
+    assert (asked["text"], asked["found"], asked["hit"]) == (NOT_FOUND, False, None)
     assert asked["cost"]["bytes_read"] > 0
     assert "2 contexts" in run("get", store, "r1", "a.txt", "--output", tmp_path / "two.safetensors")[1]
     loaded, _ = load_model(checkpoint)
@@ -175,6 +180,7 @@ def test_errors_name_what_is_wrong(tmp_path, checkpoint):
 SLOW = """
 import sys, time
 from modeling_xcllama import XCLlamaForCausalLM
+from modeling_xcllama.answer_scores import NOT_FOUND
 from xcllama.store import encoding
 from xcllama.commands.store import app
 encode = XCLlamaForCausalLM.encode_context
