@@ -26,4 +26,4 @@ def load_model(name: str | None):
         base = find_model(BASE)
         model = XCLlamaForCausalLM.from_decoder(base, context_layer=15, cross_attention_layers=list(range(14, 30, 2)))
         return model.eval(), XCLlamaProcessor(AutoTokenizer.from_pretrained(base))
-    return models.load_model(name)
+    return models.load_for_command(name)

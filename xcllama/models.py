@@ -26,7 +26,7 @@ def load_model(
     Args:
         name: folder of added weights, folder or Hub id of a whole model; of a Hub id what `make models` fetched.
         base: of added weights: model, folder or Hub id of the decoder, in place of the one in their config.
-        options: of `XCLlamaForCausalLM.from_pretrained`; without `device_map` on the accelerator where there is one.
+        options: of `XCLlamaForCausalLM.from_pretrained`.
 
     Raises:
         ValueError: a model that reads no contexts, or a base that does not fit.
@@ -36,8 +36,6 @@ def load_model(
     kind = XCLlamaConfig.get_config_dict(name)[0].get("model_type")
     if kind != XCLlamaConfig.model_type:
         raise ValueError(f"{name} is a {kind!r} model, which reads no contexts: make a reader of it (`xcllama fit`).")
-    if torch.cuda.is_available() and not isinstance(base, PreTrainedModel):
-        options = {"device_map": "cuda" if is_added_weights(name) else "auto"} | options
     # bars of the Hub's downloads stay; those of weights being read say nothing that a user can act on
     before = logging.set_tqdm_hook(lambda factory, arguments, given: factory(*arguments, **given | {"disable": True}))
     try:
@@ -45,3 +43,11 @@ def load_model(
         return model.eval(), XCLlamaProcessor.from_pretrained(name)
     finally:
         logging.set_tqdm_hook(before)
+
+
+def load_for_command(name: str | Path) -> tuple[XCLlamaForCausalLM, XCLlamaProcessor]:
+    """`load_model` on the accelerator, or accelerators, where there are any."""
+    if not torch.cuda.is_available():
+        return load_model(name)
+    # added weights stand on a base that is on one device
+    return load_model(name, device_map="cuda" if is_added_weights(find_model(str(name))) else "auto")

@@ -28,7 +28,7 @@ def open_store(store: str, namespace: str | None, model=None, processor=None, **
 
 def load(name: str | None, store: str, namespace: str | None):
     """Model, processor and the model's name: as given, as the store says, or the repository's checkpoint."""
-    from xcllama.models import load_model
+    from xcllama.models import load_for_command
     from xcllama.store.manifest import is_snapshot
 
     if name is None and (is_snapshot(store) or Path(store).is_dir()):
@@ -37,4 +37,4 @@ def load(name: str | None, store: str, namespace: str | None):
     name = name or (CHECKPOINT if Path(CHECKPOINT).is_dir() else None)
     if name is None:
         raise ValueError("nothing says which model encodes: name one with --model.")
-    return *load_model(name), str(Path(name).absolute()) if Path(name).is_dir() else name
+    return *load_for_command(name), str(Path(name).absolute()) if Path(name).is_dir() else name

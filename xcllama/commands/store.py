@@ -286,13 +286,13 @@ def encode(
     """Encode a large corpus straight into a snapshot, on one machine or many; run again, it goes on."""
     from functools import partial
 
-    from xcllama.models import load_model
+    from xcllama.models import load_for_command
     from xcllama.store.bulk import Settings, encode_here, finish, load_plan, run_on_ray
 
     if engine not in ("local", "ray"):
         raise ValueError(f"--engine must be local or ray, got {engine!r}.")
     settings = Settings(output, dtype, id_column, text_column, namespace, Path(model).name)
-    plan, load = partial(load_plan, source, settings, characters_per_shard), partial(load_model, model)
+    plan, load = partial(load_plan, source, settings, characters_per_shard), partial(load_for_command, model)
     if engine == "ray":
         tasks = plan()
         fingerprint = run_on_ray(tasks, load, settings, concurrency=workers, num_gpus=gpus)

@@ -26,8 +26,8 @@ from .catalogue import (
     enter_shard,
     enter_states,
 )
-from .documents import index_text
 from .manifest import FileEntry, Folder, resolve
+from .search import index_text
 from .shards import HEADER_BYTES, DamagedShardError, MappedShard, checksum, fits, parse_header, spans_of
 
 CACHE_BYTES = 8 << 30
