@@ -3,19 +3,35 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-portable test-slow test-browser space bench bench-quick lint style models fuzz kernels-inspect train-small train-smoke evaluate-dev evaluate-test ablations publish-dry-run clean
+.PHONY: demo newcomer test test-portable test-slow test-browser space bench bench-quick lint style models fuzz kernels-inspect train-small train-smoke evaluate-dev evaluate-test ablations publish-dry-run clean
+
+# torch without CUDA, a tenth of the size, where there is no GPU and its index can be reached
+TORCH_INDEX = $(shell command -v nvidia-smi >/dev/null || { curl -sf -m 5 -o /dev/null \
+	https://download.pytorch.org/whl/cpu/torch/ && echo --extra-index-url https://download.pytorch.org/whl/cpu; })
+INSTALL = $(BIN)/pip install -q --disable-pip-version-check -c constraints.txt $(TORCH_INDEX)
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -q -c constraints.txt torch
-	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"
+	$(INSTALL) torch
+	$(INSTALL) -e ".[dev]"
+	touch $@ .venv/.demo
+
+# what `make demo` needs: a fraction of the rest
+.venv/.demo: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(INSTALL) -e ".[demo]"
 	touch $@
 
 models: .venv/.installed
 	$(BIN)/python scripts/fetch_models.py
 
-demo: models
+demo: .venv/.demo
+	$(BIN)/python scripts/fetch_models.py HuggingFaceTB/SmolLM2-135M-Instruct
 	$(BIN)/python scripts/demo.py
+
+# what a newcomer meets: the README's snippets, the commands on mixed files, questions with known answers; a quarter of an hour
+newcomer: models
+	$(BIN)/python scripts/newcomer.py --json results/newcomer.json
 
 test: models
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -q

@@ -11,31 +11,24 @@ To add a source: a module with `records` (path -> records) and `convert` (record
 entry in `SOURCES`, a fixture in its official format and a test of the exact rows.
 """
 
-from dataset_builders.fields import Settings
-from dataset_builders.files import SourceError
-from dataset_builders.mix import OFFLINE_BENCHMARKS, OFFLINE_SOURCES, Mix, build_mix
-from dataset_builders.reading import read_source
-from dataset_builders.schema import FEATURES, NO_ANSWER, Drop, RecordError, Report, make_row, validate_row
-from dataset_builders.sources import SOURCES, Source
-from dataset_builders.splits import document_key, split_of
+from importlib import import_module
 
-__all__ = [
-    "FEATURES",
-    "NO_ANSWER",
-    "OFFLINE_BENCHMARKS",
-    "OFFLINE_SOURCES",
-    "SOURCES",
-    "Drop",
-    "Mix",
-    "RecordError",
-    "Report",
-    "Settings",
-    "Source",
-    "SourceError",
-    "build_mix",
-    "document_key",
-    "make_row",
-    "read_source",
-    "split_of",
-    "validate_row",
-]
+# modules import what they need (`datasets`, `pyarrow`, ...) when they are asked for: fetching a wheel needs none of it
+MODULES = {
+    "fields": ("Settings",),
+    "files": ("SourceError",),
+    "mix": ("OFFLINE_BENCHMARKS", "OFFLINE_SOURCES", "Mix", "build_mix"),
+    "reading": ("read_source",),
+    "schema": ("FEATURES", "NO_ANSWER", "Drop", "RecordError", "Report", "make_row", "validate_row"),
+    "sources": ("SOURCES", "Source"),
+    "splits": ("document_key", "split_of"),
+}
+EXPORTS = {name: module for module, names in MODULES.items() for name in names}
+
+__all__ = list(EXPORTS)
+
+
+def __getattr__(name: str):
+    if name not in EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{EXPORTS[name]}"), name)

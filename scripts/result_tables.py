@@ -363,6 +363,30 @@ def headline_table() -> str:
     return "\n".join([*lines, *(f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items())])
 
 
+def newcomer_table() -> str:
+    """The questions of `make newcomer` with their answers, and what the commands printed."""
+    result = read_result(RESULTS, "newcomer")
+    if result is None:
+        return "Not measured yet: `make newcomer`."
+    totals, added = result["totals"], result["add"]
+    lines = ["| question | answer | score | from | verdict |", "|---|---|---:|---|---|"]
+    for row in result["questions"]:
+        answer = str(row["answer"]).replace("\n", " ").replace("|", "\\|")
+        shown = f"| {row['question']} | {answer} | {row['score']:.2f} | {row['from'] or ''} "
+        lines.append(f"{shown}| {row['verdict']} |")
+    warned = sum(len(run["warnings"]) for run in (result["snippets"], added, *result["questions"]))
+    lines += [
+        "",
+        f"{totals['right']} of {totals['of']} right, {totals['declined']} rightly declined, {totals['lost']} declined "
+        f"though it is there, {totals['wrong']} wrong, {totals['wrong_and_sure']} of them with a score above 0.5; "
+        f"{totals['median_seconds']:.1f} s a question, start of the program included. The snippets of README ended "
+        f"with status {result['snippets']['status']} after {result['snippets']['seconds']:.0f} s; `store add` read "
+        f"{added['files']['read']} files ({added['added']['tokens']:,} tokens) in {added['seconds']:.0f} s and "
+        f"printed {added['lines']} lines; {warned} lines were warnings.",
+    ]
+    return "\n".join(lines) + "\n" + source("newcomer", result)
+
+
 TABLES = {
     "headline": headline_table,
     "quality": quality_table,
@@ -375,4 +399,5 @@ TABLES = {
     "store": store_table,
     "speed": speed_table,
     "kernels": kernels_table,
+    "newcomer": newcomer_table,
 }

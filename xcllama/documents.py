@@ -6,6 +6,7 @@ cannot be read is skipped and reported.
 
 import io
 import json
+import logging
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -206,6 +207,8 @@ def _pdf(data: bytes) -> tuple[str, dict]:
     from pypdf import PdfReader
     from pypdf.errors import PyPdfError
 
+    # what is wrong with a file is in the report, once
+    logging.getLogger("pypdf").setLevel(logging.CRITICAL)
     try:
         pages = [page.extract_text().strip() for page in PdfReader(io.BytesIO(data)).pages]
     except PyPdfError as error:

@@ -44,7 +44,8 @@ def _lines(answer) -> list[str]:
         lines.append("no document has a word of the question")
     for hit, own in zip(answer.hits, answer.answers, strict=True):
         if not answer.found or hit != answer.hit:
-            lines.append(f"read {shown(hit)}\n     its answer: {own['answer']} (score {own['score']:.2f})")
+            lines.append(f"read {_where(hit)}: {' '.join(hit.snippet.split())}")
+            lines.append(f"     its answer: {own['answer']} (score {own['score']:.2f})")
     cost = answer.cost
     return [
         *lines,
@@ -59,5 +60,6 @@ def _where(hit) -> str:
 
 
 def shown(hit) -> str:
-    """Where a passage stands, and how it begins."""
-    return f"{_where(hit)} ({hit.tokens} tokens, BM25 {hit.score:.2f}): {' '.join(hit.snippet.split())}"
+    """Where a passage stands, how well its words fit, and how it begins."""
+    page = f", page {hit.page}" if hit.page else ""
+    return f"{hit.id} (score {hit.score:.2f}{page}, {hit.tokens} tokens): {' '.join(hit.snippet.split())}"
