@@ -118,10 +118,10 @@ class LoadVisitor:
             self.load.seconds["first words of an answer"].append(time.perf_counter() - start)
             return job.result(timeout=PATIENCE)
 
-        _, figures, attended, *_ = self.load.timed("answer from the cache", call)
-        if "first token" not in figures or self.mark not in attended:
+        _, figures, _, places, *_ = self.load.timed("answer from the cache", call)
+        if "first token" not in figures or self.mark not in places:
             self.load.errors.append(f"answer from the cache: {figures}")
-        self.load.leaks += attended.count("visitor") - attended.count(self.mark)
+        self.load.leaks += places.count("visitor") - places.count(self.mark)
 
     def compare(self) -> None:
         """Ask with the text in the prompt."""

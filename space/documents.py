@@ -1,4 +1,4 @@
-"""Texts out of what a visitor uploads or pastes: txt, md and pdf, with messages that say what to do otherwise."""
+"""Texts out of what a visitor uploads or pastes, read as everywhere in XC-Llama, with messages for visitors."""
 
 import json
 import subprocess
@@ -6,11 +6,13 @@ import sys
 import unicodedata
 from pathlib import Path
 
+from xcllama.documents import READERS, decode_text
+
 MAX_FILE_BYTES = 5 * 2**20
-PDF_SECONDS = 30
+READING_SECONDS = 30
+KINDS = "text, Markdown, HTML, DOCX, EPUB or PDF"
 # first bytes of files that are often uploaded by mistake
 OTHER_KINDS = {
-    b"PK\x03\x04": "a zip archive or an office document",
     b"\xd0\xcf\x11\xe0": "an old office document",
     b"\x89PNG": "an image",
     b"\xff\xd8\xff": "an image",
@@ -19,12 +21,6 @@ OTHER_KINDS = {
     b"\x7fELF": "a program",
     b"MZ": "a program",
     b"{\\rtf": "a rich text document",
-}
-PDF_FAULTS = {
-    "encrypted": "is protected by a password. Save it without one and try again.",
-    "scanned": "holds {pages} page(s) but no text: it looks like a scan. Run text recognition (OCR) on it first.",
-    "pages": "has {pages} pages, more than the {limit} that this Space reads. Upload a part of it.",
-    "damaged": "could not be read as a PDF: it seems to be damaged. Open it in a viewer and save it again.",
 }
 
 
@@ -48,7 +44,14 @@ def read_file(path: str | Path, name: str) -> str:
             f"“{name}” has {size / 2**20:.1f} MB; a file may have {MAX_FILE_BYTES // 2**20} MB. Upload a part of it."
         )
     data = Path(path).read_bytes()
-    text = _pdf_text(data, name) if data.lstrip()[:5] == b"%PDF-" else _plain_text(data, name)
+    kind = next((kind for start, kind in OTHER_KINDS.items() if data.startswith(start)), None)
+    if kind is not None:
+        raise DocumentError(f"“{name}” is {kind}. Upload {KINDS}, or paste the text.")
+    suffix = ".pdf" if data.lstrip()[:5] == b"%PDF-" else Path(name).suffix.lower()
+    if suffix in (".txt", ".md", ".markdown", "") or suffix not in READERS:
+        text = _plain_text(data, name)
+    else:
+        text = _read_apart(path, suffix, name)
     return clean(text, name)
 
 
@@ -66,45 +69,30 @@ def clean(text: str, name: str) -> str:
     return text
 
 
-def _plain_text(data: bytes, name: str) -> str:
-    kind = next((kind for start, kind in OTHER_KINDS.items() if data.startswith(start)), None)
-    if kind is not None:
-        raise DocumentError(f"“{name}” is {kind}. Upload plain text (.txt), Markdown (.md) or PDF, or paste the text.")
-    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        encodings = ("utf-16",)
-    else:
-        encodings = ("utf-8-sig", "cp1252")
-    for encoding in encodings:
-        try:
-            text = data.decode(encoding)
-        except UnicodeDecodeError:
-            continue
-        if _readable(text):
-            return text
-    raise DocumentError(f"“{name}” is no readable text. Upload plain text (.txt), Markdown (.md) or PDF.")
-
-
 def _is_control(letter: str) -> bool:
     """Whether a letter is a control character or none at all; line ends and tabs are text."""
     return letter not in "\n\t" and unicodedata.category(letter) in ("Cc", "Cn", "Co", "Cs")
 
 
-def _readable(text: str) -> bool:
-    """Whether nearly all of `text` can be printed: binary junk decodes, too, but to control characters."""
-    odd = sum(_is_control(letter) and not letter.isspace() for letter in text)
-    return "\0" not in text and odd <= 0.01 * len(text)
-
-
-def _pdf_text(data: bytes, name: str) -> str:
-    # a process of its own, with limits: a hostile PDF can keep a parser busy for hours
-    command = [sys.executable, str(Path(__file__).with_name("pdf_text.py")), str(PDF_SECONDS)]
+def _plain_text(data: bytes, name: str) -> str:
     try:
-        done = subprocess.run(command, input=data, capture_output=True, timeout=2 * PDF_SECONDS)
+        return decode_text(data)
+    except ValueError as error:
+        raise DocumentError(f"“{name}” is no readable text: {error}. Upload {KINDS}.") from error
+
+
+def _read_apart(path: str | Path, suffix: str, name: str) -> str:
+    """The text of a file with a format, read by a process with limits: a hostile one keeps a parser busy for hours."""
+    script = str(Path(__file__).with_name("read_apart.py"))
+    command = [sys.executable, script, str(READING_SECONDS), str(Path(path).absolute()), f"document{suffix}"]
+    try:
+        # from the folder of the Space, where what it brings along is found
+        done = subprocess.run(command, capture_output=True, timeout=2 * READING_SECONDS, cwd=Path(script).parent)
     except subprocess.TimeoutExpired:
         done = None
     if done is None or done.returncode != 0:
         raise DocumentError(f"“{name}” is too complicated to read here. Paste its text instead.")
     found = json.loads(done.stdout)
     if "fault" in found:
-        raise DocumentError(f"“{name}” " + PDF_FAULTS[found["fault"]].format(**found))
+        raise DocumentError(f"“{name}” could not be read: {found['fault']}.")
     return found["text"]

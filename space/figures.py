@@ -1,18 +1,13 @@
-"""HTML of what is shown beside the answers: figures, bars, texts with what was attended to. All input is escaped."""
+"""HTML of what is shown beside the answers: figures, bars, where an answer stands. All input is escaped."""
 
-import re
-from bisect import bisect_left
 from collections.abc import Sequence
 from html import escape
 
-from reader import Answer
-from torch import Tensor
-from visitors import Document, Timing
+from reader import Answer, Read
+from visitors import Document
 
-SHADES = 4
-# left out where a passage is cut out of its sentence; letters that are added at most to a word that is cut
-ENDS = " \n\t.,;:!?"
-HALF_WORD = 24
+# letters of a passage that is not the answer's
+SNIPPET = 160
 
 
 def number_bytes(count: float) -> str:
@@ -40,16 +35,33 @@ def answer_figures(answer: Answer) -> str:
     """Time to the first token and speed."""
     speed = f" · {answer.tokens_per_second:.1f} tokens/s" if answer.num_tokens > 1 else ""
     plural = "" if answer.num_tokens == 1 else "s"
+    score = "" if answer.score is None else f"score <b>{answer.score:.2f}</b> · "
     return (
-        f'<p class="figures">first token <b>{answer.first_token_seconds:.2f} s</b>{speed} · '
+        f'<p class="figures">{score}first token <b>{answer.first_token_seconds:.2f} s</b>{speed} · '
         f"{answer.num_tokens} token{plural}</p>"
     )
+
+
+def reading(answer: Answer) -> str:
+    """While an answer from the cache is made: nothing is shown of it before its score is known."""
+    return f'<p class="figures">reading … {answer.seconds:.1f} s</p>'
+
+
+def headline(bytes_per_token: dict[str, float], cache_seconds: float, prompt_seconds: float | None) -> str:
+    """What the cache saved for this question, in a line; None: it was not asked with the text in the prompt."""
+    kv_cache, cache = bytes_per_token["KV cache of the decoder"], bytes_per_token["context cache"]
+    parts = [f"<b>{kv_cache / cache:.0f} × smaller</b> than a KV cache"]
+    if prompt_seconds is not None:
+        ratio = prompt_seconds / max(cache_seconds, 1e-6)
+        word = "sooner" if ratio >= 1 else "later"
+        parts.append(f"first token <b>{max(ratio, 1 / ratio):.1f} × {word}</b> than with the text in the prompt")
+    return f'<p class="headline">{" · ".join(parts)}</p>'
 
 
 def costs(documents: Sequence[Document], bytes_per_token: dict[str, float]) -> str:
     """A table of the documents: tokens, time to encode, bytes of the cache beside those of a KV cache."""
     if not documents:
-        return hint("No document is switched on: the model answers from what it knows.")
+        return hint("No document is switched on.")
     kv_bytes = next(iter(bytes_per_token.values()))
     rows = []
     for document in documents:
@@ -86,62 +98,46 @@ def bytes_chart(bytes_per_token: dict[str, float]) -> str:
     return "<h3>Memory</h3>" + bars("Bytes a token of a document", rows)
 
 
-def latency_chart(timings: Sequence[Timing]) -> str:
-    """Time to the first token of the last questions, newest first."""
-    parts = [] if timings else [hint("The times of your questions appear here.")]
-    for timing in reversed(timings):
-        rows = [(name, seconds, f"{seconds:.2f} s") for name, seconds in timing.first_token_seconds.items()]
-        parts.append(bars(f"“{timing.question[:80]}” ({timing.num_tokens:,} tokens of documents)", rows))
-    return "<h3>Time to the first token</h3>" + "".join(parts)
+def times_chart(seconds: dict[str, float]) -> str:
+    """Time to the first token of this question, by where the texts were read; nothing before both are known."""
+    if len(seconds) < 2:
+        return ""
+    rows = [(name, value, f"{value:.2f} s") for name, value in seconds.items()]
+    return "<h3>Time to the first token</h3>" + bars("Seconds, this question", rows)
 
 
-def word_shades(text: str, spans: Tensor, weights: Tensor) -> list[tuple[int, int, int]]:
-    """(first, last, shade) of each word that got attention: shade 1 to `SHADES`, relative to the most attended one.
-
-    Args:
-        text: of a document.
-        spans: characters of its tokens, `[num_tokens, 2]`.
-        weights: of its tokens, relative to the most attended token of all documents, `[num_tokens]`.
-    """
-    words = [match.span() for match in re.finditer(r"\S+", text)]
-    ends, totals = [last for _, last in words], [0.0] * len(words)
-    for (first, last), weight in zip(spans.tolist(), weights.tolist(), strict=True):
-        if word := text[first:last].rstrip():
-            totals[bisect_left(ends, first + len(word))] += weight
-    shades = [min(SHADES, round(SHADES * total)) for total in totals]
-    return [(*span, shade) for span, shade in zip(words, shades, strict=True) if shade]
-
-
-def highlighted(documents: Sequence[Document], weights: Tensor, evidence: Sequence) -> str:
-    """The passages attended to most, then each document with its words shaded by attention."""
-    items = "".join(
-        f"<li><q>{escape(_quoted(documents[span.document].text, span.start, span.end))}</q> "
-        f"<small>{span.weight:.0%} of the attention, {escape(documents[span.document].name)}</small></li>"
-        for span in evidence
-    )
-    parts = [f'<h3>Passages attended to most</h3><ol class="evidence">{items}</ol>']
-    scaled = (weights / weights.max().clamp(min=1e-9)).split([len(document.spans) for document in documents])
-    for document, part in zip(documents, scaled, strict=True):
-        name, inside = escape(document.name), _shaded(document.text, word_shades(document.text, document.spans, part))
-        parts.append(
-            f'<details open><summary>{name}</summary><div class="text" tabindex="0" role="region" '
-            f'aria-label="Text of {name}, shaded by attention">{inside}</div></details>'
-        )
+def places(answer: Answer) -> str:
+    """The passage of the answer with its sentence marked, and what else was read; of a declined one all that was."""
+    if not answer.reads:
+        return ""
+    parts, others = [], answer.reads
+    if answer.found:
+        parts.append(_passage(answer))
+        others = others[1:]
+    items = "".join(map(_item, others))
+    if items:
+        title = "Also read" if answer.found else "What was read"
+        parts.append(f'<h3>{title}</h3><ol class="evidence">{items}</ol>')
     return "".join(parts)
 
 
-def _quoted(text: str, start: int, end: int) -> str:
-    """A passage in one line, with the words whole that it begins and ends with."""
-    if not text[start].isspace():
-        start -= len(re.search(r"\S*\Z", text[max(0, start - HALF_WORD) : start])[0])
-    if not text[end - 1].isspace():
-        end += len(re.match(r"\S*", text[end : end + HALF_WORD])[0])
-    return " ".join(text[start:end].strip(ENDS).split())
+def _passage(answer: Answer) -> str:
+    read, (start, end) = answer.reads[0], answer.sentence
+    text, name = read.document.text, escape(read.document.name)
+    inside = f"{escape(text[read.start : start])}<mark>{escape(text[start:end])}</mark>{escape(text[end : read.end])}"
+    return (
+        f'<h3>Where it stands</h3><p class="hint">{name}, characters {start + 1:,} to {end:,}</p>'
+        f'<div class="text" tabindex="0" role="region" aria-label="Passage of {name}">{inside}</div>'
+    )
 
 
-def _shaded(text: str, shades: Sequence[tuple[int, int, int]]) -> str:
-    pieces, position = [], 0
-    for first, last, shade in shades:
-        pieces.append(f'{escape(text[position:first])}<mark class="a{shade}">{escape(text[first:last])}</mark>')
-        position = last
-    return "".join(pieces) + escape(text[position:])
+def _item(read: Read) -> str:
+    quoted, name = escape(_snippet(read.document.text[read.start : read.end])), escape(read.document.name)
+    own = f"its answer: {escape(read.answer) or 'none'} ({read.score:.2f})"
+    return f"<li><q>{quoted}</q> <small>{name}, {own}</small></li>"
+
+
+def _snippet(text: str) -> str:
+    """The beginning of a passage in one line, in whole words."""
+    line = " ".join(text.split())
+    return line if len(line) <= SNIPPET else line[:SNIPPET].rpartition(" ")[0] + " …"

@@ -7,10 +7,11 @@ from pathlib import Path
 import figures
 import gradio as gr
 from documents import DocumentError, clean, read_file
-from reader import Answer, Reader
-from visitors import Timing, Visitors, unique_name
+from reader import Reader
+from visitors import Visitors, unique_name
 
 FROM_CACHE, FROM_PROMPT = "context cache", "text in the prompt"
+DECLINED = "Not found in these documents."
 Update = tuple  # new values of the components that page.py names for the event
 
 
@@ -52,6 +53,20 @@ class Handlers:
         name = name.strip() or "pasted text"
         return self._add([(name, lambda: clean(text, name))], chosen, key_of(request), progress)
 
+    def add_example(
+        self,
+        name: str,
+        text: str,
+        chosen: list[str],
+        request: gr.Request,
+        progress=gr.Progress(),  # noqa: B008
+    ) -> Update:
+        """Switch an example on, encoded at the first time."""
+        key = key_of(request)
+        if name in self.visitors.get(key).documents:
+            return "", *self.show_documents([*chosen, name], key)
+        return self._add([(name, lambda: clean(text, name))], chosen, key, progress)
+
     def _add(self, texts: Sequence[tuple], chosen: list[str], key: str, progress: gr.Progress) -> Update:
         messages, switched_on = [], list(chosen)
         for name, read in texts:
@@ -71,7 +86,12 @@ class Handlers:
         tokens = self.reader.count_tokens(text, name)
         self.visitors.check_room(key, round(tokens * self.reader.bytes_per_token["context cache"]))
         name = unique_name(name, self.visitors.get(key).documents)
-        document = self.reader.encode(name, text, lambda share: progress(share, f"Encoding “{name}”"))
+
+        def report(share: float, seconds: float | None) -> None:
+            left = "" if seconds is None else f", about {max(seconds, 1):.0f} s left"
+            progress(share, f"Encoding “{name}”{left}")
+
+        document = self.reader.encode(name, text, report)
         self.visitors.add(key, document)
         return document
 
@@ -103,44 +123,44 @@ class Handlers:
             return figures.message(str(error), "error")
 
     def ask(self, question: str, chosen: list[str], request: gr.Request) -> Iterator[Update]:
-        """Answer from the caches of what is switched on: answer, figures, passages, times, for screen readers."""
+        """Answer from the caches of what is switched on.
+
+        Yields:
+            Answer, figures, headline, places, for screen readers, and seconds to the first token (None: no answer).
+        """
         key = key_of(request)
         try:
             documents = self.visitors.documents(key, chosen)
             for answer in self.reader.answer_from_cache(question, documents):
-                yield answer.text, figures.answer_figures(answer), "", gr.skip(), ""
+                yield "", figures.reading(answer), "", "", "", None
         except DocumentError as error:
-            yield "", figures.message(str(error), "error"), "", gr.skip(), escape(str(error))
+            yield "", figures.message(str(error), "error"), "", "", escape(str(error)), None
             return
-        shown = figures.hint("Too much text to show what was attended to." if documents else "No document was read.")
-        if answer.weights is not None:
-            evidence = self.reader.evidence(answer.weights, documents)
-            shown = figures.highlighted(documents, answer.weights, evidence)
-        tokens = sum(document.cache.num_tokens for document in documents)
-        self.visitors.get(key).timings.append(Timing(question, tokens))
-        times = self._times(key, question, FROM_CACHE, answer)
-        yield answer.text, figures.answer_figures(answer), shown, times, said(FROM_CACHE, answer)
+        text = answer.text if answer.found else DECLINED
+        headline = figures.headline(self.reader.bytes_per_token, answer.first_token_seconds, None)
+        shown = figures.answer_figures(answer), headline, figures.places(answer)
+        yield text, *shown, said(FROM_CACHE, text), answer.first_token_seconds
 
-    def ask_prompt(self, question: str, chosen: list[str], compare: bool, request: gr.Request) -> Iterator[Update]:
-        """The same with the texts in the prompt: answer, figures, times, for screen readers."""
-        key = key_of(request)
-        if not compare:
-            yield "", "", gr.skip(), gr.skip()
+    def ask_prompt(
+        self, question: str, chosen: list[str], compare: bool, seconds: float | None, request: gr.Request
+    ) -> Iterator[Update]:
+        """The same with the texts in the prompt: answer, figures, headline, times, for screen readers.
+
+        Args:
+            seconds: to the first token from the cache; None: that gave no answer, and said why.
+        """
+        if not compare or seconds is None:
+            yield "", "", gr.skip(), "", gr.skip()
             return
         try:
-            for answer in self.reader.answer_from_prompt(question, self.visitors.documents(key, chosen)):
-                yield answer.text, figures.answer_figures(answer), gr.skip(), ""
+            for answer in self.reader.answer_from_prompt(question, self.visitors.documents(key_of(request), chosen)):
+                yield answer.text, figures.answer_figures(answer), gr.skip(), gr.skip(), gr.skip()
         except DocumentError as error:
-            yield "", figures.message(str(error), "error"), gr.skip(), escape(str(error))
+            yield "", figures.message(str(error), "error"), gr.skip(), "", escape(str(error))
             return
-        times = self._times(key, question, FROM_PROMPT, answer)
-        yield answer.text, figures.answer_figures(answer), times, said(FROM_PROMPT, answer)
-
-    def _times(self, key: str, question: str, label: str, answer: Answer) -> str:
-        timings = self.visitors.get(key).timings
-        if timings and timings[-1].question == question:
-            timings[-1].first_token_seconds[label] = answer.first_token_seconds
-        return figures.latency_chart(timings)
+        headline = figures.headline(self.reader.bytes_per_token, seconds, answer.first_token_seconds)
+        times = figures.times_chart({FROM_CACHE: seconds, FROM_PROMPT: answer.first_token_seconds})
+        yield answer.text, figures.answer_figures(answer), headline, times, said(FROM_PROMPT, answer.text)
 
     def leave(self, request: gr.Request) -> None:
         """Forget a visitor who closed the page."""
@@ -148,9 +168,9 @@ class Handlers:
             self.visitors.forget(request.session_hash)
 
 
-def said(label: str, answer: Answer) -> str:
+def said(label: str, text: str) -> str:
     """A complete answer as screen readers say it."""
-    return f"Answer, {label}: {escape(answer.text) or 'nothing'}"
+    return f"Answer, {label}: {escape(text) or 'nothing'}"
 
 
 def key_of(request: gr.Request) -> str:

@@ -1,6 +1,8 @@
 """The page: what stands where, and which action belongs to what."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import figures
 import gradio as gr
@@ -10,8 +12,8 @@ HERE = Path(__file__).resolve().parent
 TITLE = "XC-Llama: ask your documents"
 INTRODUCTION = """# Ask your documents
 
-Each document is read **once** into a small *context cache*. Answers come from the cache: the text is in no prompt, and
-no KV cache holds it. Beside it, the same model answers with the whole text in its prompt.
+Each document is read **once** into a small *context cache*; answers come from it, with the sentence they stand in.
+Try an example, or add your own documents.
 """
 NOTES = """Documents stay in the memory of this Space, for you alone, until you close the page or {minutes} minutes
 pass. The model is small: check what it says.
@@ -50,22 +52,59 @@ SCRIPT = """() => {
 }"""
 
 
+# two documents may be encoded side by side: a long one does not hold up a short one
+ENCODING = {"concurrency_id": "encode", "concurrency_limit": 2}
+SCROLL = """() => {
+  document.getElementById("cache-answer")?.scrollIntoView({behavior: "smooth", block: "nearest"});
+}"""
+
+
+class Documents(NamedTuple):
+    """The switches of the documents, and what is shown when some are added (the status first)."""
+
+    chosen: gr.CheckboxGroup
+    shown: list
+
+
+class Answers(NamedTuple):
+    """The switch of the comparison, and what both answers are shown in; the last for the cache are its seconds."""
+
+    compare: gr.Checkbox
+    cache: list
+    prompt: list
+
+
 def build(handlers: Handlers) -> gr.Blocks:
     """The page as Gradio blocks, with a queue."""
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(600, 600)) as page:
         gr.Markdown(INTRODUCTION)
-        question = gr.Textbox(
-            label="Question", placeholder="Ask about the documents that are switched on", max_length=2000, render=False
-        )
         with gr.Row(equal_height=False):
+            # on a phone the columns follow each other: asking comes first
+            with gr.Column(scale=3, min_width=320):
+                with gr.Row():
+                    buttons = [gr.Button(f"Example: {label}", min_width=140) for label, *_ in EXAMPLES]
+                question = gr.Textbox(
+                    label="Question", placeholder="Ask about the documents that are switched on", max_length=2000
+                )
+                with gr.Row():
+                    ask = gr.Button("Ask", variant="primary", scale=3, min_width=120)
+                    stop = gr.Button("Stop", scale=1, min_width=80)
+                answers = _answers(handlers)
             with gr.Column(scale=2, min_width=320):
                 gr.Markdown("## Documents")
-                chosen = _documents(handlers, question)
-            with gr.Column(scale=3, min_width=320):
-                gr.Markdown("## Question")
-                question.render()
-                _answers(handlers, question, chosen)
+                documents = _documents(handlers)
         gr.Markdown(NOTES.format(minutes=round(handlers.visitors.idle_seconds / 60)))
+        # what was said of documents goes, too, unless it was said just now
+        own = {"status": documents.shown[:1]}
+        running = _asked(ask.click, handlers, question, documents, answers, **own, public=True)
+        running += _asked(question.submit, handlers, question, documents, answers, **own)
+        for button, (label, file, asked) in zip(buttons, EXAMPLES, strict=True):
+            example = [gr.State(label), gr.State((HERE / "examples" / file).read_text(encoding="utf-8"))]
+            shown = {"inputs": [*example, documents.chosen], "outputs": documents.shown, "api_visibility": "private"}
+            button.click(lambda asked=asked: asked, outputs=question, api_visibility="private", queue=False)
+            added = button.click(handlers.add_example, **shown, **ENCODING, show_progress_on=documents.shown[0])
+            running += _asked(added.then, handlers, question, documents, answers)
+        stop.click(None, cancels=running)
         page.unload(handlers.leave)
     # waiting visitors see their place in the queue
     return page.queue(max_size=64, default_concurrency_limit=1)
@@ -89,15 +128,13 @@ def launch_options(**options) -> dict:
     }
 
 
-def _documents(handlers: Handlers, question: gr.Textbox) -> gr.CheckboxGroup:
-    """The left side: adding documents, switching them on and off, what they cost."""
-    files = gr.File(label="Upload .txt, .md or .pdf files (up to 5 MB)", file_count="multiple", height=160)
+def _documents(handlers: Handlers) -> Documents:
+    """The right side: adding documents, switching them on and off, what they cost."""
+    files = gr.File(label="Upload txt, md, html, docx, epub or pdf (up to 5 MB)", file_count="multiple", height=140)
     with gr.Accordion("Paste a text", open=False):
         name = gr.Textbox(label="Name", placeholder="pasted text", max_length=60)
         text = gr.Textbox(label="Text", lines=6, max_lines=12)
         add = gr.Button("Add this text")
-    with gr.Row():
-        buttons = [gr.Button(f"Example: {label}", size="sm", min_width=120) for label, *_ in EXAMPLES]
     status = gr.HTML(elem_id="status")
     chosen = gr.CheckboxGroup(
         label="Switched on for the next question",
@@ -109,65 +146,60 @@ def _documents(handlers: Handlers, question: gr.Textbox) -> gr.CheckboxGroup:
     costs = gr.HTML(figures.costs([], handlers.reader.bytes_per_token), elem_id="costs")
 
     shown = [status, chosen, remove, costs]
-    # two documents may be encoded side by side: a long one does not hold up a short one
-    encoding = {
-        "outputs": shown,
-        "show_progress_on": status,
-        "concurrency_id": "encode",
-        "concurrency_limit": 2,
-    }
+    encoding = {"outputs": shown, "show_progress_on": status, **ENCODING}
     uploaded = files.upload(handlers.add_files, [files, chosen], api_name="add_files", **encoding)
     uploaded.then(lambda: None, outputs=files, api_visibility="private", queue=False)
     add.click(handlers.add_text, [name, text, chosen], api_name="add_text", **encoding)
-    for button, (label, file, asked) in zip(buttons, EXAMPLES, strict=True):
-        example = (label, (HERE / "examples" / file).read_text(encoding="utf-8"))
-        values = [gr.State(value) for value in example]
-        button.click(handlers.add_text, [*values, chosen], api_visibility="private", **encoding)
-        button.click(lambda asked=asked: asked, outputs=question, api_visibility="private", queue=False)
     remove.click(handlers.remove, chosen, shown, api_name="remove", queue=False)
     chosen.input(handlers.toggle, chosen, costs, api_name="toggle", queue=False, show_progress="hidden")
-    return chosen
+    return Documents(chosen, shown)
 
 
-def _answers(handlers: Handlers, question: gr.Textbox, chosen: gr.CheckboxGroup) -> None:
-    """The right side: asking, both answers, what was attended to, charts."""
+def _answers(handlers: Handlers) -> Answers:
+    """What an answer is shown in, and the figures of this question."""
+    from_cache = gr.Textbox(label="Answer from the context cache", lines=2, elem_id="cache-answer")
+    cache_figures = gr.HTML(elem_id="cache-figures")
+    headline = gr.HTML(elem_id="headline")
+    places = gr.HTML(elem_id="places")
     compare = gr.Checkbox(True, label="Compare with the text in the prompt (slower)", container=False)
-    with gr.Row():
-        ask = gr.Button("Ask", variant="primary", scale=3, min_width=120)
-        stop = gr.Button("Stop", scale=1, min_width=80)
-    with gr.Row(equal_height=False):
-        with gr.Column(min_width=280):
-            from_cache = gr.Textbox(label="Answer from the context cache", lines=4, elem_id="cache-answer")
-            cache_figures = gr.HTML(elem_id="cache-figures")
-        with gr.Column(min_width=280):
-            from_prompt = gr.Textbox(label="Answer with the text in the prompt", lines=4, elem_id="prompt-answer")
-            prompt_figures = gr.HTML(elem_id="prompt-figures")
-    attended = gr.HTML(elem_id="attended")
-    with gr.Row(equal_height=False):
-        with gr.Column(min_width=280):
-            times = gr.HTML(figures.latency_chart([]), elem_id="times")
-        with gr.Column(min_width=280):
-            gr.HTML(figures.bytes_chart(handlers.reader.bytes_per_token), elem_id="bytes")
+    from_prompt = gr.Textbox(label="Answer with the text in the prompt", lines=2, elem_id="prompt-answer")
+    prompt_figures = gr.HTML(elem_id="prompt-figures")
+    times = gr.HTML(elem_id="times")
+    with gr.Accordion("Memory", open=False):
+        gr.HTML(figures.bytes_chart(handlers.reader.bytes_per_token), elem_id="bytes")
     said = gr.HTML(elem_id="said")
+    cache = [from_cache, cache_figures, headline, places, said, gr.State(None)]
+    return Answers(compare, cache, [from_prompt, prompt_figures, headline, times, said])
 
-    asked = [ask.click, question.submit]
-    # an old answer does not stand beside a new one
-    gr.on(asked, lambda: ("", ""), outputs=[from_prompt, prompt_figures], api_visibility="private", queue=False)
-    first = gr.on(
-        asked,
+
+def _asked(
+    trigger: Callable,
+    handlers: Handlers,
+    question: gr.Textbox,
+    documents: Documents,
+    answers: Answers,
+    status: Sequence = (),
+    public: bool = False,
+) -> list:
+    """What follows a trigger: nothing old stays, the answer is scrolled to, the cache answers, then the prompt."""
+    shown = [*answers.cache[:-1], *answers.prompt[:2], answers.prompt[3], *status]
+    hidden = {"api_visibility": "private"}
+    names = ({"api_name": "ask"}, {"api_name": "ask_prompt"}) if public else (hidden, hidden)
+    cleared = trigger(lambda: [""] * len(shown), outputs=shown, js=SCROLL, queue=False, **hidden)
+    first = cleared.then(
         handlers.ask,
-        [question, chosen],
-        [from_cache, cache_figures, attended, times, said],
-        api_name="ask",
-        show_progress_on=from_cache,
+        [question, documents.chosen],
+        answers.cache,
+        show_progress_on=answers.cache[0],
         concurrency_id="ask",
+        **names[0],
     )
     second = first.then(
         handlers.ask_prompt,
-        [question, chosen, compare],
-        [from_prompt, prompt_figures, times, said],
-        api_name="ask_prompt",
-        show_progress_on=from_prompt,
+        [question, documents.chosen, answers.compare, answers.cache[-1]],
+        answers.prompt,
+        show_progress_on=answers.prompt[0],
         concurrency_id="ask_prompt",
+        **names[1],
     )
-    stop.click(None, cancels=[first, second])
+    return [first, second]

@@ -1,12 +1,13 @@
-"""The model as the Space uses it: encodes texts by sections, streams answers, tells what was attended to."""
+"""The model as the Space uses it: encodes texts by passages, answers from the surest, streams what a prompt gives."""
 
+import copy
 import queue
 import sys
 import threading
-from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib import import_module
 from time import perf_counter
 
@@ -17,12 +18,28 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 from visitors import Document
 
-SECTION_TOKENS = 1024
+# tokens that are encoded in one turn, about
+TURN_TOKENS = 1024
 MAX_QUESTION_TOKENS = 256
-# pairs of a token and a context token whose attention is looked at; each takes 300 bytes in the small model
-MAX_ATTENTION_PAIRS = 2**21
-# where a section may end, best first
-BREAKS = ("\n\n", "\n", ". ", " ")
+SENTENCE_ENDS = (". ", "! ", "? ", ".\n", "\n")
+
+
+@dataclass(frozen=True)
+class Read:
+    """A passage that was read, and its own answer.
+
+    Args:
+        document: that it is from.
+        start, end: its characters there.
+        answer, score, found: of this passage alone.
+    """
+
+    document: Document
+    start: int
+    end: int
+    answer: str
+    score: float
+    found: bool
 
 
 @dataclass(frozen=True)
@@ -30,21 +47,26 @@ class Answer:
     """An answer as far as it is written.
 
     Args:
-        text: so far.
+        text: so far; of answers from the cache when they are complete.
         num_tokens: tokens written.
         first_token_seconds: from the start of the work, not of the wait for it, to the first token.
         seconds: from the start to the last token.
-        weights: share of the attention of each context token, `[num_context_tokens]`; None before the answer is
-            complete, and where no context was read or too much of it.
         complete: the last state.
+        found: False: the documents hold no answer that is sure enough.
+        score: of the answer, 0 to 1; None for answers from the prompt.
+        reads: the passages that were read, the one of the answer first.
+        sentence: (start, end) of the sentence of the answer in the document of the first passage.
     """
 
     text: str
     num_tokens: int
     first_token_seconds: float
     seconds: float
-    weights: Tensor | None = None
     complete: bool = False
+    found: bool = True
+    score: float | None = None
+    reads: list[Read] = field(default_factory=list)
+    sentence: tuple[int, int] | None = None
 
     @property
     def tokens_per_second(self) -> float:
@@ -53,35 +75,39 @@ class Answer:
 
 
 class AnswerStreamer(BaseStreamer, StoppingCriteria):
-    """Puts the answer into a queue after every token, and ends it when nobody waits for it any more."""
+    """Puts the state of an answer into a queue after every token, and ends it when nobody waits for it any more.
 
-    def __init__(self, tokenizer):
+    Args:
+        decode: ids to text.
+    """
+
+    def __init__(self, decode: Callable[[list[int]], str]):
         self.states: queue.Queue[Answer | None] = queue.Queue()
         self.left = threading.Event()
-        self._tokenizer, self._ids, self._prompt_seen = tokenizer, [], False
-        self.start, self._first = perf_counter(), 0.0
+        self._decode, self._ids, self._prompt_seen = decode, [], False
+        self.start, self._first, self._steps = perf_counter(), 0.0, 0
 
     def put(self, value: Tensor) -> None:
         """Take the prompt, then one token at a time."""
-        if not self._prompt_seen:
-            self._prompt_seen = True
-            return
-        now = perf_counter() - self.start
-        self._first = self._first or now
-        self._ids += value.reshape(-1).tolist()
-        text = self._tokenizer.decode(self._ids, skip_special_tokens=True)
-        # half of a character that takes several tokens
-        self.states.put(Answer(text.rstrip("\ufffd").strip(), len(self._ids), self._first, now))
+        if self._prompt_seen:
+            self._ids += value.reshape(-1).tolist()
+        self._prompt_seen = True
 
     def end(self) -> None:
         """The last state is on its way already."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs) -> Tensor:
+        """After every step: note the time, and say whether the answer is to end."""
+        now = perf_counter() - self.start
+        self._first, self._steps = self._first or now, self._steps + 1
+        # half of a character that takes several tokens is not shown
+        text = self._decode(self._ids).rstrip("\ufffd").strip()
+        self.states.put(Answer(text, self._steps, self._first, now))
         return torch.full((input_ids.shape[0],), self.left.is_set(), device=input_ids.device)
 
 
 class Reader:
-    """A model and its processor behind one thread, which takes sections and answers in the order they come.
+    """A model and its processor behind one thread, which takes passages and answers in the order they come.
 
     Args:
         model, processor: XC-Llama, as from the Auto classes.
@@ -101,10 +127,18 @@ class Reader:
         self.model, self.processor = model, processor
         self.max_new_tokens, self.max_document_tokens = max_new_tokens, max_document_tokens
         self.max_prompt_tokens = min(max_prompt_tokens, model.config.max_position_embeddings - max_new_tokens)
+        pipelines, self._passages = self._code("pipeline_xcllama"), self._code("passages")
+        # a tokenizer must not be set up for two texts at once: the thread of the model has its own
+        self._tokenizing, self._own = threading.Lock(), copy.deepcopy(processor)
+        self._answering = pipelines.ContextQuestionAnsweringPipeline(model=model, processor=self._own)
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
-        # a tokenizer must not be set up for two texts at once
-        self._tokenizing = threading.Lock()
+        # tokens and seconds of all that was encoded
+        self._encoded, self._encoding_seconds = 0, 0.0
         self.bytes_per_token = self._bytes_per_token()
+
+    def _code(self, name: str):
+        """A module of the model's own code, which came with it."""
+        return import_module(f".{name}", sys.modules[type(self.model).__module__].__package__)
 
     def _bytes_per_token(self) -> dict[str, float]:
         """What a token costs in memory, by kind of cache."""
@@ -122,9 +156,10 @@ class Reader:
         with self._tokenizing:
             return self.processor(**options, return_tensors="pt")
 
-    def _tokenize(self, prompt: str) -> dict:
+    def _length(self, text: str) -> int:
         with self._tokenizing:
-            return self.processor.tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
+            tokenizer = self.processor.context_tokenizer
+            return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def count_tokens(self, text: str, name: str) -> int:
         """Tokens of a text.
@@ -133,7 +168,7 @@ class Reader:
             DocumentError: more than a document may have.
         """
         # no tokenizer makes tokens of more than some dozen letters on average
-        count = len(text) if len(text) > 32 * self.max_document_tokens else self._spans(text).shape[0]
+        count = len(text) if len(text) > 32 * self.max_document_tokens else self._length(text)
         if count > self.max_document_tokens:
             raise DocumentError(
                 f"“{name}” is too long: {len(text):,} letters. A document may have "
@@ -141,46 +176,45 @@ class Reader:
             )
         return count
 
-    def _spans(self, text: str) -> Tensor:
-        return self._process(contexts=[text], return_offsets_mapping=True)["context_offset_mapping"][0].int()
-
-    def sections(self, text: str) -> list[tuple[int, int]]:
-        """Characters of each section, about `SECTION_TOKENS` tokens or fewer; cut between paragraphs if possible."""
-        starts = self._spans(text)[:, 0].tolist()
-        cuts = [0]
-        while (position := bisect_left(starts, cuts[-1]) + SECTION_TOKENS) < len(starts):
-            # not before the middle: sections would become too small
-            low, high = starts[position - SECTION_TOKENS // 2], starts[position]
-            cuts.append(_last_break(text, low, high))
-        return list(zip(cuts, [*cuts[1:], len(text)], strict=True))
-
-    def encode(self, name: str, text: str, report: Callable[[float], None] = lambda share: None) -> Document:
-        """Encode a text, a section at a time, so that others get their turn in between.
+    def encode(
+        self, name: str, text: str, report: Callable[[float, float | None], None] = lambda share, seconds: None
+    ) -> Document:
+        """Encode a text, some passages at a time, so that others get their turn in between.
 
         Args:
             name: of the document.
             text: to encode.
-            report: gets the share that is done, 0 to 1.
+            report: gets the share that is done, 0 to 1, and the seconds left, as far as they can be told.
         """
-        encoded, spans, starts = [], [], []
-        sections = self.sections(text)
-        for number, (first, last) in enumerate(sections):
-            report(number / len(sections))
-            inputs = self._process(contexts=[text[first:last]], return_offsets_mapping=True)
-            starts.append(sum(len(part) for part in spans))
-            spans.append(inputs.pop("context_offset_mapping")[0].int() + first)
-            encoded.append(self._worker.submit(self._encode, inputs).result())
-        report(1.0)
-        caches, seconds = zip(*encoded, strict=True)
-        return Document(name, text, caches[0].concat(caches), torch.cat(spans), tuple(starts), sum(seconds))
+        passages = self._passages.split_passages(text, self._length)
+        lengths = [self._length(text[start:stop]) for start, stop in passages]
+        caches, seconds, done = [], 0.0, 0
+        for turn in _turns(lengths):
+            rate = self._encoded / self._encoding_seconds if self._encoded else None
+            report(done / max(sum(lengths), 1), rate and (sum(lengths) - done) / rate)
+            inputs = self._process(contexts=[text[slice(*passages[place])] for place in turn])
+            cache, taken = self._worker.submit(self._encode, inputs).result()
+            caches.append(cache)
+            seconds, done = seconds + taken, done + sum(lengths[place] for place in turn)
+        report(1.0, 0.0)
+        return Document(name, text, caches[0].concat(caches), tuple(passages), seconds)
 
     def _encode(self, inputs: dict) -> tuple:
         start = perf_counter()
-        return self.model.encode_context(**inputs), perf_counter() - start
+        cache = self.model.encode_context(**inputs)
+        seconds = perf_counter() - start
+        self._encoded, self._encoding_seconds = self._encoded + cache.num_tokens, self._encoding_seconds + seconds
+        return cache, seconds
 
     def answer_from_cache(self, question: str, documents: Sequence[Document]) -> Iterator[Answer]:
-        """The states of an answer that is read from the caches of `documents`; the last one has the weights."""
+        """The states of an answer that is read from the caches of `documents`; the last one has text and places.
+
+        Raises:
+            DocumentError: no document, or a question that cannot be taken.
+        """
         self._check_question(question)
+        if not documents:
+            raise DocumentError("No document is switched on: add one, or switch one on.")
         return self._stream(lambda streamer: self._from_cache(question, documents, streamer))
 
     def answer_from_prompt(self, question: str, documents: Sequence[Document]) -> Iterator[Answer]:
@@ -191,73 +225,72 @@ class Reader:
         """
         self._check_question(question)
         text = "\n\n".join(document.text for document in documents)
-        inputs = self._tokenize(self.processor.prompts([f"{text}\n\n{question}" if text else question])[0])
+        prompt = self.processor.prompts([f"{text}\n\n{question}" if text else question])[0]
+        with self._tokenizing:
+            inputs = self.processor.tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
         length = inputs["input_ids"].shape[1]
         if length > self.max_prompt_tokens:
             raise DocumentError(
                 f"The prompt would have {length:,} tokens; this Space reads {self.max_prompt_tokens:,} at most in a "
                 "prompt. The cache has no such limit. Switch documents off to compare."
             )
-
-        def work(streamer: AnswerStreamer) -> None:
-            self._generate(inputs, streamer)
-
-        return self._stream(work)
+        return self._stream(lambda streamer: self._from_prompt(inputs, streamer))
 
     def _check_question(self, question: str) -> None:
         if not question.strip():
             raise DocumentError("Please type a question first.")
-        length = self._tokenize(question)["input_ids"].shape[1]
+        length = self._length(question)
         if length > MAX_QUESTION_TOKENS:
             raise DocumentError(f"The question has {length:,} tokens, more than {MAX_QUESTION_TOKENS}. Shorten it.")
 
-    def _generate(self, inputs: dict, streamer: AnswerStreamer, **options) -> Tensor:
-        return self.model.generate(
+    def _from_prompt(self, inputs: dict, streamer: AnswerStreamer) -> dict:
+        options = {"max_new_tokens": self.max_new_tokens, "do_sample": False, "streamer": streamer}
+        stopping = StoppingCriteriaList([streamer])
+        ids = self.model.generate(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
-            max_new_tokens=self.max_new_tokens,
-            do_sample=False,
-            streamer=streamer,
-            stopping_criteria=StoppingCriteriaList([streamer]),
+            stopping_criteria=stopping,
             **options,
         )
+        written = ids[0, inputs["input_ids"].shape[1] :]
+        return {"text": self._whole(self._own.decode(written, skip_special_tokens=True).strip())}
 
-    def _from_cache(self, question: str, documents: Sequence[Document], streamer: AnswerStreamer) -> Tensor | None:
-        inputs = self._process(text=[question])
-        if not documents:
-            self._generate(inputs, streamer)
-            return None
+    def _from_cache(self, question: str, documents: Sequence[Document], streamer: AnswerStreamer) -> dict:
+        # nothing is encoded again: the passages of what is switched on are the documents of one row
         caches = [document.cache for document in documents]
-        # nothing is encoded again: one row reads every section of what is switched on
         cache = caches[0].concat(caches)
-        projected = self.model.project_context(cache.join([range(len(cache))]))
-        sequences = self._generate(inputs, streamer, context_cache=projected)
-        if streamer.left.is_set() or sequences.shape[1] * cache.num_tokens > MAX_ATTENTION_PAIRS:
-            return None
-        length = inputs["input_ids"].shape[1]
-        weights = self.model.context_weights(sequences, projected, length, inputs["attention_mask"])[0]
-        offset = 0
-        for document in documents:
-            # attention that looks for nothing rests on the first token of a text: it says nothing about the answer
-            weights[[offset + start for start in document.section_starts]] = 0.0
-            offset += len(document.spans)
-        return weights / weights.sum().clamp(min=1e-9)
+        places = [(document, *span) for document in documents for span in document.passages]
+        texts = [document.text[start:stop] for document, start, stop in places]
+        options = {"max_new_tokens": self.max_new_tokens, "stopping_criteria": StoppingCriteriaList([streamer])}
+        (answer,) = self._answering(question, [texts], cache.join([range(len(cache))]), **options)["answers"]
+        reads = [
+            Read(*places[one["document"]], one["answer"], one["score"], one["found"]) for one in answer["passages"]
+        ]
+        document, first, last = places[answer["document"]]
+        reads.sort(key=lambda read: (read.document is not document, read.start != first))
+        sentence = (first + answer["start"], first + answer["end"])
+        fields = {"found": answer["found"], "score": answer["score"], "reads": reads, "sentence": sentence}
+        return {"text": self._whole(answer["answer"])} | fields
 
-    def evidence(self, weights: Tensor, documents: Sequence[Document], num_spans: int = 3) -> list:
-        """The spans of the documents that were attended to most: the model's own `find_evidence`."""
-        find_evidence = import_module(".evidence", sys.modules[type(self.model).__module__].__package__).find_evidence
-        spans = [document.spans for document in documents]
-        return find_evidence(weights, spans, [document.text for document in documents], num_spans=num_spans)
+    def _whole(self, text: str) -> str:
+        """An answer that ran out of tokens, without the sentence, or the word, in whose middle it ends."""
+        if len(self._own.tokenizer(text, add_special_tokens=False)["input_ids"]) < self.max_new_tokens - 1:
+            return text
+        end = max(text.rfind(mark) for mark in SENTENCE_ENDS)
+        if end > 0:
+            return text[: end + 1].rstrip()
+        return (text.rpartition(" ")[0] or text) + " …"
 
-    def _stream(self, work: Callable[[AnswerStreamer], Tensor | None]) -> Iterator[Answer]:
-        streamer, answer = AnswerStreamer(self.processor.tokenizer), None
+    def _stream(self, work: Callable[[AnswerStreamer], dict]) -> Iterator[Answer]:
+        streamer = AnswerStreamer(partial(self._own.decode, skip_special_tokens=True))
+        answer = Answer("", 0, 0.0, 0.0)
 
         @torch.no_grad()
-        def run() -> Tensor | None:
+        def run() -> dict:
             # waiting for the turns of others is not counted
             streamer.start = perf_counter()
             try:
-                return None if streamer.left.is_set() else work(streamer)
+                return {} if streamer.left.is_set() else work(streamer)
             finally:
                 streamer.states.put(None)
 
@@ -268,15 +301,18 @@ class Reader:
                 # a busy page shows the newest state, not each of them
                 if streamer.states.empty():
                     yield answer
-            weights = done.result()
-            yield replace(answer, weights=weights, complete=True)
+            yield replace(answer, **done.result(), complete=True)
         finally:
             streamer.left.set()
 
 
-def _last_break(text: str, low: int, high: int) -> int:
-    """The best place to cut in `text[low:high]`: behind the last paragraph, line, sentence or word."""
-    for mark in BREAKS:
-        if (found := text.rfind(mark, low, high)) >= 0:
-            return found + len(mark)
-    return high
+def _turns(lengths: Sequence[int]) -> Iterator[range]:
+    """Neighbouring passages of about `TURN_TOKENS` tokens together."""
+    start = total = 0
+    for place, length in enumerate(lengths):
+        if place > start and total + length > TURN_TOKENS:
+            yield range(start, place)
+            start = place
+            total = 0
+        total += length
+    yield range(start, len(lengths))

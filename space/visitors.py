@@ -3,12 +3,11 @@
 import sys
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from documents import DocumentError
-from torch import Tensor
 
 MEBIBYTE = 2**20
 
@@ -20,40 +19,28 @@ class Document:
     Args:
         name: unique among the visitor's documents.
         text: what was encoded.
-        cache: a `ContextCache` with one row a section.
-        spans: characters of each token, int32 `[num_tokens, 2]`.
-        section_starts: first token of each section.
+        cache: a `ContextCache` with one row a passage.
+        passages: (start, stop) of each passage in the characters of the text.
         seconds: what encoding took.
     """
 
     name: str
     text: str
     cache: object
-    spans: Tensor
-    section_starts: tuple[int, ...]
+    passages: tuple[tuple[int, int], ...]
     seconds: float
 
     @property
     def nbytes(self) -> int:
         """Bytes of memory that the document holds."""
-        return self.cache.nbytes + self.cache.token_ids.nbytes + self.spans.nbytes + sys.getsizeof(self.text)
-
-
-@dataclass(frozen=True)
-class Timing:
-    """What a question took, by where the texts were read; `num_tokens` of documents."""
-
-    question: str
-    num_tokens: int
-    first_token_seconds: dict[str, float] = field(default_factory=dict)
+        return self.cache.nbytes + self.cache.token_ids.nbytes + sys.getsizeof(self.text)
 
 
 @dataclass(eq=False)
 class Visitor:
-    """Documents by name, what the last questions took, and when the visitor was last here."""
+    """Documents by name, and when the visitor was last here."""
 
     documents: dict[str, Document] = field(default_factory=dict)
-    timings: deque[Timing] = field(default_factory=lambda: deque(maxlen=4))
     seen: float = 0.0
 
     @property

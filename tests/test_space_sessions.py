@@ -1,8 +1,9 @@
-"""The Space without a browser: visitors kept apart and bounded, sections, answers, what is shown."""
+"""The Space without a browser: visitors kept apart and bounded, passages, answers, what is shown."""
 
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modeling_xcllama import XCLlamaProcessor
+from modeling_xcllama import ContextQuestionAnsweringPipeline, XCLlamaProcessor, passages
 
 gradio_client = pytest.importorskip("gradio_client", reason="the extra `space` is not installed")
 SPACE = Path(__file__).resolve().parent.parent / "space"
@@ -19,7 +20,7 @@ sys.path.insert(0, str(SPACE))
 import figures  # noqa: E402
 import reader as reader_module  # noqa: E402
 from documents import DocumentError  # noqa: E402
-from handlers import Handlers  # noqa: E402
+from handlers import DECLINED, Handlers  # noqa: E402
 from page import build, launch_options  # noqa: E402
 from reader import Answer, Reader  # noqa: E402
 from visitors import Document, Visitors, unique_name  # noqa: E402
@@ -44,8 +45,9 @@ def processor() -> XCLlamaProcessor:
 
 @pytest.fixture
 def reader(tiny_model, processor, monkeypatch) -> Reader:
-    """A tiny random model that reads sections of 16 tokens and writes answers of 5."""
-    monkeypatch.setattr(reader_module, "SECTION_TOKENS", 16)
+    """A tiny random model that reads passages of 16 tokens, encodes 30 in a turn, and writes answers of 5."""
+    monkeypatch.setattr(reader_module, "TURN_TOKENS", 30)
+    monkeypatch.setattr(passages.split_passages, "__defaults__", ((4, 14, 16),))
     tiny_model.generation_config.eos_token_id = None
     return Reader(tiny_model, processor, max_new_tokens=5, max_prompt_tokens=100, max_document_tokens=120)
 
@@ -58,7 +60,7 @@ def clock() -> SimpleNamespace:
 def fake_document(name: str, nbytes: int) -> Document:
     empty = SimpleNamespace(nbytes=0)
     text_bytes = sys.getsizeof("")
-    return Document(name, "", SimpleNamespace(nbytes=nbytes - text_bytes, token_ids=empty), empty, (0,), 0.0)
+    return Document(name, "", SimpleNamespace(nbytes=nbytes - text_bytes, token_ids=empty), (), 0.0)
 
 
 def visit(name: str) -> SimpleNamespace:
@@ -133,63 +135,84 @@ def test_names_are_unique_and_printable():
     assert unique_name("\0", []) == "document"
 
 
-def test_sections_cover_the_text_and_end_with_sentences(reader):
-    sections = reader.sections(TEXT)
-    assert len(sections) > 3
-    assert "".join(TEXT[first:last] for first, last in sections) == TEXT
-    assert all(TEXT[:last].endswith((". ", ".")) for _, last in sections)
-
-
-def test_spans_point_into_the_text(reader):
+def test_passages_cover_the_text_and_progress_is_told(reader):
     shares = []
-    document = reader.encode("paper", TEXT, shares.append)
-    assert shares[0] == 0
-    assert shares[-1] == 1
-    assert sorted(shares) == shares
-    assert document.cache.num_tokens == len(document.spans) == 70
-    tokens = [TEXT[first:last] for first, last in document.spans.tolist()]
-    assert [token for token in tokens if token != "."] == WORDS
-    assert len(document.section_starts) == len(document.cache) > 1
+    document = reader.encode("paper", TEXT, lambda share, seconds: shares.append((share, seconds)))
+    assert shares[0] == (0, None)
+    assert shares[-1] == (1, 0)
+    assert sorted(shares, key=lambda one: one[0]) == shares
+    assert all(seconds > 0 for _, seconds in shares[1:-1])
+    assert len(shares) > 3
+    assert document.cache.num_tokens == 70
+    assert len(document.passages) == len(document.cache) > 4
+    read = [TEXT[start:stop] for start, stop in document.passages]
+    assert " ".join(read) == TEXT
+    assert all(text.endswith(".") for text in read)
+    # the next document knows from the beginning how long it takes
+    reader.encode("again", TEXT, lambda share, seconds: shares.append((share, seconds)))
+    assert all(seconds is not None for _, seconds in shares[-3:])
 
 
-def test_answer_equals_generate(reader, tiny_model, processor):
-    documents = [reader.encode("one", "w1 w2 w3"), reader.encode("two", "w7 w8 w9 w10")]
+def test_the_answer_is_the_pipelines(reader, tiny_model, processor):
+    documents = [reader.encode("one", "w1 w2 w3"), reader.encode("two", TEXT)]
     states = list(reader.answer_from_cache("w5 w6", documents))
-    cache = tiny_model.encode_context(**processor(contexts=["w1 w2 w3", "w7 w8 w9 w10"], return_tensors="pt"))
-    inputs = processor(text=["w5 w6"], return_tensors="pt")
-    ids = tiny_model.generate(**inputs, context_cache=cache.join([[0, 1]]), max_new_tokens=5, do_sample=False)
-    assert states[-1].text == processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    counts = [state.num_tokens for state in states]
-    assert counts == sorted(counts)
-    assert counts[-1] == 5
-    assert states[-1].complete
-    assert not any(state.complete for state in states[:-1])
-    weights = states[-1].weights
-    assert weights.shape == (7,)
-    torch.testing.assert_close(weights.sum(), torch.tensor(1.0))
-    # attention sinks are left out
-    assert weights[0] == weights[3] == 0
-    assert 0 < states[0].first_token_seconds <= states[-1].seconds
+    texts = ["w1 w2 w3", *(TEXT[start:stop] for start, stop in documents[1].passages)]
+    answering = ContextQuestionAnsweringPipeline(model=tiny_model, processor=processor)
+    (expected,) = answering("w5 w6", contexts=[texts], max_new_tokens=5)["answers"]
+    state = states[-1]
+    assert expected["answer"].startswith(state.text.rstrip(" …"))
+    assert (state.found, state.score) == (True, pytest.approx(expected["score"], abs=1e-5))
+    assert state.complete
+    assert not any(other.complete or other.text for other in states[:-1])
+    assert 0 < states[0].first_token_seconds <= state.seconds
+    # places are those of the documents
+    first, *others = state.reads
+    assert first.score == state.score == max(read.score for read in state.reads)
+    assert first.document.text[slice(*state.sentence)] == expected["sentence"]
+    assert first.start <= state.sentence[0] < state.sentence[1] <= first.end
+    assert len(others) == 3
+
+
+def test_what_is_not_sure_enough_is_declined_with_what_was_read(reader, tiny_model, monkeypatch):
+    monkeypatch.setattr(tiny_model.config, "answer_threshold", 1.0)
+    handlers = Handlers(reader, Visitors())
+    handlers.add_text("one", TEXT, [], visit("a"), lambda *values: None)
+    answer, shown_figures, _, places, said, seconds = last(handlers.ask("w5", ["one"], visit("a")))
+    assert answer == DECLINED
+    assert "score" in shown_figures
+    assert "What was read" in places
+    assert "<mark" not in places
+    assert "Not found" in said
+    assert seconds > 0
 
 
 def test_documents_in_any_order_without_encoding_again(reader, monkeypatch):
     documents = [reader.encode(name, text) for name, text in (("one", "w1 w2"), ("two", TEXT), ("three", "w40 w41"))]
     monkeypatch.setattr(reader.model, "encode_context", lambda **inputs: pytest.fail("encoded again"))
     answers = {
-        order: last(reader.answer_from_cache("w5", [documents[index] for index in order])).text
+        order: last(reader.answer_from_cache("w41 w5", [documents[index] for index in order])).text
         for order in ((0, 1, 2), (2, 0, 1), (1,), (2, 1, 0))
     }
     assert answers[0, 1, 2] == answers[2, 0, 1] == answers[2, 1, 0]
-    assert last(reader.answer_from_cache("w5", [])).weights is None
+
+
+@pytest.mark.parametrize(
+    ("text", "whole"),
+    [("w1 w2", "w1 w2"), ("w1 . w2 w3 w4", "w1 ."), ("w1 w2 w3 w4 w5", "w1 w2 w3 w4 …")],
+)
+def test_an_answer_that_ran_out_of_tokens_ends_with_a_sentence_or_a_word(reader, text, whole):
+    assert reader._whole(text) == whole
 
 
 def test_prompt_answer_and_its_limit(reader, tiny_model, processor):
     documents = [reader.encode("one", "w1 w2 w3")]
+    reader.max_new_tokens = 5
     state = last(reader.answer_from_prompt("w5", documents))
     prompt = processor.prompts(["w1 w2 w3\n\nw5"])
     ids = processor.tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
     expected = tiny_model.generate(ids, max_new_tokens=5, do_sample=False)[0, ids.shape[1] :]
-    assert state.text == processor.decode(expected, skip_special_tokens=True)
+    assert processor.decode(expected, skip_special_tokens=True).startswith(state.text.rstrip(" …"))
+    assert state.text.endswith(" …")
     with pytest.raises(DocumentError, match="at most in a prompt"):
         reader.answer_from_prompt("w5", [reader.encode("long", TEXT)] * 2)
 
@@ -199,36 +222,40 @@ def test_odd_questions(reader, question, says):
     for ask in (reader.answer_from_cache, reader.answer_from_prompt):
         with pytest.raises(DocumentError, match=says):
             ask(question, [])
+    with pytest.raises(DocumentError, match="No document is switched on"):
+        reader.answer_from_cache("w5", [])
 
 
 def test_too_long_documents_are_refused_before_they_are_read(reader, monkeypatch):
     with pytest.raises(DocumentError, match="is too long"):
         reader.count_tokens(TEXT * 2, "paper")
-    monkeypatch.setattr(reader, "_spans", lambda text: pytest.fail("tokenized"))
+    monkeypatch.setattr(reader, "_length", lambda text: pytest.fail("tokenized"))
     with pytest.raises(DocumentError, match="is too long"):
         reader.count_tokens("a" * 10_000, "paper")
 
 
 def test_who_leaves_stops_the_work(reader):
     reader.max_new_tokens = 150
-    states = reader.answer_from_cache("w5", [reader.encode("one", "w1 w2 w3")])
+    document = reader.encode("one", "w1 w2 w3")
+    states = reader.answer_from_cache("w5", [document])
     first = next(states)
     assert not first.complete
     states.close()
     # the next one in line does not wait for 150 tokens
     reader.max_new_tokens = 3
-    assert last(reader.answer_from_cache("w5", [])).complete
+    assert last(reader.answer_from_cache("w5", [document])).complete
 
 
 def test_an_error_of_the_model_reaches_the_visitor(reader, monkeypatch):
     def broken(*args, **options):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(reader.model, "generate", broken)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        last(reader.answer_from_cache("w5", []))
-    monkeypatch.undo()
-    assert last(reader.answer_from_cache("w5", [])).complete
+    document = reader.encode("one", "w1 w2 w3")
+    with monkeypatch.context() as patch:
+        patch.setattr(reader.model, "generate", broken)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            last(reader.answer_from_cache("w5", [document]))
+    assert last(reader.answer_from_cache("w5", [document])).complete
 
 
 def test_actions_of_two_visitors(reader, tmp_path):
@@ -249,28 +276,30 @@ def test_actions_of_two_visitors(reader, tmp_path):
     assert "no longer here" in handlers.toggle(["good.txt"], visit("b"))
     assert "no longer here" in last(handlers.ask("w5", ["good.txt"], visit("b")))[1]
 
-    answer, shown_figures, attended, times, said = last(handlers.ask("w5", ["good.txt"], visit("a")))
+    answer, shown_figures, headline, places, said, seconds = last(handlers.ask("w5", ["good.txt"], visit("a")))
     assert answer
     assert answer in said
     assert "tokens/s" in shown_figures
-    assert "Passages attended to most" in attended
-    assert "context cache" in times
-    assert "text in the prompt" in last(handlers.ask_prompt("w5", ["good.txt"], True, visit("a")))[2]
-    assert last(handlers.ask_prompt("w5", ["good.txt"], False, visit("a")))[0] == ""
+    assert "× smaller" in headline
+    assert "first token" not in headline
+    assert "<mark>w1 w2 w3</mark>" in places
+    prompt, _, headline, times, _ = last(handlers.ask_prompt("w5", ["good.txt"], True, seconds, visit("a")))
+    assert prompt
+    assert "first token" in headline
+    assert "text in the prompt" in times
+    # not asked, or the cache has said already what is wrong: nothing is shown, and nothing said twice
+    assert last(handlers.ask_prompt("w5", ["good.txt"], False, seconds, visit("a")))[0] == ""
+    *_, seconds = last(handlers.ask(" ", ["good.txt"], visit("a")))
+    assert seconds is None
+    assert last(handlers.ask_prompt(" ", ["good.txt"], True, seconds, visit("a")))[:2] == ("", "")
+    # an example is encoded once
+    for _ in range(2):
+        _, chosen, *_ = handlers.add_example("example", "w7 w8", ["good.txt"], visit("a"), progress)
+        assert chosen.value == ["good.txt", "example"]
     _, gone, *_ = handlers.remove(["good.txt"], visit("a"))
     assert gone.choices == []
     handlers.leave(visit("b"))
     assert "pasted text" not in handlers.visitors.get("b").documents
-
-
-def test_attention_over_very_much_text_is_not_looked_at(reader, monkeypatch):
-    """It would take gigabytes: the answer comes without."""
-    monkeypatch.setattr(reader_module, "MAX_ATTENTION_PAIRS", 10)
-    handlers = Handlers(reader, Visitors())
-    handlers.add_text("one", "w1 w2 w3", [], visit("a"), lambda *values: None)
-    answer, _, attended, *_ = last(handlers.ask("w5", ["one"], visit("a")))
-    assert answer
-    assert "Too much text" in attended
 
 
 def test_who_closes_the_page_is_forgotten(reader):
@@ -294,7 +323,7 @@ def test_who_closes_the_page_is_forgotten(reader):
 
 
 def test_one_document_at_a_time_per_model(reader):
-    """Sections of two documents that are encoded at once take turns on one thread."""
+    """Passages of two documents that are encoded at once take turns on one thread."""
     seen, encode = [], reader.model.encode_context
 
     def spy(**inputs):
@@ -307,16 +336,17 @@ def test_one_document_at_a_time_per_model(reader):
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(seen) >= 8
+    assert len(seen) >= 6
     assert len(set(seen)) == 1
 
 
 def test_shown_text_is_escaped(reader):
     name = "<img src=x onerror=alert(1)>"
     document = reader.encode(name, "w1 <script>w2</script> & w3 w4")
-    weights = torch.full((document.cache.num_tokens,), 1 / document.cache.num_tokens)
+    answer = last(reader.answer_from_cache("w3", [document]))
     shown = [
-        figures.highlighted([document], weights, reader.evidence(weights, [document])),
+        figures.places(answer),
+        figures.places(replace(answer, found=False)),
         figures.costs([document], reader.bytes_per_token),
         figures.message(name, "error"),
         figures.bars(name, [(name, 1.0, name)]),
@@ -325,22 +355,6 @@ def test_shown_text_is_escaped(reader):
         assert "<img" not in html
         assert "<script" not in html
     assert "&lt;script&gt;" in shown[0]
-
-
-@pytest.mark.parametrize(
-    ("start", "end", "quoted"),
-    [(0, 1, "in"), (7, 9, "1926"), (7, 11, "1926 by"), (9, 14, "by Ilse"), (18, 25, "Brandt"), (3, 9, "1926")],
-)
-def test_passages_are_quoted_in_whole_words(start, end, quoted):
-    assert figures._quoted("in   1926 by Ilse Brandt.", start, end) == quoted
-
-
-def test_shades_follow_the_weights():
-    spans = torch.tensor([[0, 3], [3, 5], [5, 6], [6, 11]])
-    # "one" in two tokens with the space of the next word, as byte-level tokenizers cut
-    shades = figures.word_shades("onetw three", spans, torch.tensor([0.5, 0.5, 0.9, 0.25]))
-    assert shades == [(0, 5, 4), (6, 11, 1)]
-    assert figures.word_shades("one two", torch.tensor([[0, 3], [3, 7]]), torch.tensor([0.0, 0.05])) == []
 
 
 def test_figures_for_people():
@@ -353,6 +367,11 @@ def test_figures_for_people():
     ]
     assert "tokens/s" not in figures.answer_figures(Answer("a", 1, 0.5, 0.5))
     assert "2.0 tokens/s" in figures.answer_figures(Answer("a", 3, 0.5, 1.5))
+    sizes = {"KV cache of the decoder": 200.0, "context cache": 10.0}
+    assert "20 × smaller" in figures.headline(sizes, 0.5, None)
+    assert "3.0 × sooner" in figures.headline(sizes, 0.5, 1.5)
+    assert "2.0 × later" in figures.headline(sizes, 0.5, 0.25)
+    assert figures.times_chart({"context cache": 0.5}) == ""
 
 
 def test_kv_cache_beside_the_cache(reader, tiny_model):

@@ -205,12 +205,14 @@ def _epub(data: bytes) -> tuple[str, dict]:
 
 def _pdf(data: bytes) -> tuple[str, dict]:
     from pypdf import PdfReader
-    from pypdf.errors import PyPdfError
+    from pypdf.errors import FileNotDecryptedError, PyPdfError
 
     # what is wrong with a file is in the report, once
     logging.getLogger("pypdf").setLevel(logging.CRITICAL)
     try:
         pages = [page.extract_text().strip() for page in PdfReader(io.BytesIO(data)).pages]
+    except FileNotDecryptedError as error:
+        raise ValueError("it is protected by a password: save it without one") from error
     except PyPdfError as error:
         raise ValueError(str(error)) from error
     if pages and not any(pages):

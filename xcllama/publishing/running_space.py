@@ -85,16 +85,16 @@ def ask(url: str, text: str, question: str) -> str:
     """What the Space answers to a question about a pasted text.
 
     Raises:
-        ValueError: it refuses the text or the question, or shows no time or no attention over the text.
+        ValueError: it refuses the text or the question, or shows no time or nothing of the text.
     """
     options = {"verbose": False, "analytics_enabled": False, "httpx_kwargs": {"timeout": PATIENCE_SECONDS}}
     try:
         client = Client(url, **options)
         status, chosen, *_ = client.predict("text", text, [], api_name="/add_text")
-        answer, figures, attended, *_ = client.predict(question, chosen["value"], api_name="/ask")
+        answer, figures, _, places, *_ = client.predict(question, chosen["value"], api_name="/ask")
         client.close()
     except httpx.HTTPError as error:
         raise ValueError(f"the Space does not answer: {error}") from error
-    if "first token" not in figures or "<mark" not in attended:
+    if "first token" not in figures or ("<mark" not in places and "What was read" not in places):
         raise ValueError(f"the Space does not answer: it shows {status!r}, then {figures!r}.")
     return answer
