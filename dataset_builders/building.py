@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -137,8 +138,8 @@ def built_rows(folder: str, split: str, splits: dict[str, Any]) -> Iterator[Row]
 
 
 def _progress(rows: Iterator[Row], name: str) -> Iterator[Row]:
-    # no bar where there is no terminal
-    return iter(tqdm(rows, desc=name, unit=" rows", disable=None))
+    # where there is no terminal a line every ten seconds
+    return iter(tqdm(rows, desc=name, unit=" rows", mininterval=0.1 if sys.stderr.isatty() else 10.0))
 
 
 def finish(folder: str, table: dict[str, Any]) -> dict[str, Any]:

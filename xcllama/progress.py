@@ -1,11 +1,13 @@
 """Progress of long commands: a bar on a terminal, elsewhere a line every ten seconds, from the first second on."""
 
 import sys
+from collections.abc import Iterator, Sequence
 from time import monotonic
-from typing import TextIO
+from typing import TextIO, TypeVar
 
 from tqdm import tqdm
 
+T = TypeVar("T")
 SECONDS_PER_LINE = 10.0
 
 
@@ -46,3 +48,19 @@ def duration(seconds: float) -> str:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def tracked(items: Sequence[T], what: str) -> Iterator[T]:
+    """The items one after the other, with progress from the first on: how many are done, and the time left.
+
+    Args:
+        what: is done with them, as "least squares".
+    """
+    progress, begin = Progress(), monotonic()
+    try:
+        for done, item in enumerate(items):
+            left = f", about {duration((monotonic() - begin) * (len(items) - done) / done)} left" if done else ""
+            progress.show(done / len(items), f"{what}: {done} of {len(items)}{left}")
+            yield item
+    finally:
+        progress.close()

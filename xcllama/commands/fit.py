@@ -11,15 +11,19 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 @app.command()
 def fit(
     base: Annotated[str, typer.Argument(help="Folder or Hub id of the decoder.")],
-    text: Annotated[list[Path], typer.Option(help="Text file, or folder of .txt and .md; several: again.")],
+    text: Annotated[list[Path], typer.Option(help="File or folder: txt, md, html, docx, epub, pdf; several: again.")],
     output: Annotated[Path, typer.Option(help="New folder of added weights.")],
     rank_layers: Annotated[bool, typer.Option(help="Measure what each layer brings.")] = True,
 ) -> None:
     """Fit the context projections by least squares, in minutes; 20,000 tokens of text or more."""
-    files = sorted(file for place in text for file in _texts(place))
+    from xcllama.documents import ReadReport, find_files, read_documents
     from xcllama.training.fit import fit_reader
 
-    report = fit_reader(base, (file.read_text() for file in files), output, rank_layers)
+    read = ReadReport()
+    texts = (document.text for document in read_documents(find_files(text), read))
+    report = fit_reader(base, texts, output, rank_layers)
+    for name, reason in read.skipped.items():
+        typer.echo(f"skipped {name}: {reason}")
     typer.echo("layer  R2 of keys and values" + ("  loss without it" if report.gain else ""))
     for layer, score in report.r_squared.items():
         typer.echo(f"{layer:5d}  {score:22.3f}" + (f"  {report.gain[layer]:+15.4f}" if report.gain else ""))
@@ -29,11 +33,3 @@ def fit(
         f"{100 * report.share:.0f} % of what the prompt brings."
     )
     typer.echo(f"Written to {output}.")
-
-
-def _texts(place: Path) -> list[Path]:
-    if place.is_dir():
-        return [file for file in place.rglob("*") if file.suffix in (".txt", ".md")]
-    if not place.is_file():
-        raise ValueError(f"--text must be a file or a folder, got {str(place)!r}.")
-    return [place]

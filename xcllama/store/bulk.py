@@ -19,10 +19,10 @@ from pathlib import Path
 import fsspec
 import pyarrow
 import pyarrow.parquet
-from tqdm import tqdm
 
 from modeling_xcllama.passages import PASSAGE_TOKENS
 from xcllama.documents import Document, read_parquet
+from xcllama.progress import tracked
 
 from .adding import cut, new_states
 from .catalogue import NewPassage, NewState
@@ -265,7 +265,7 @@ def encode_here(
     model, processor = load()
     model.to(state.device)
     own = tasks[state.process_index :: state.num_processes]
-    for task in tqdm(own, unit="shard", disable=None if state.is_main_process else True):
+    for task in tracked(own, "shards") if state.is_main_process else own:
         encode_task(task, model, processor, settings)
     state.wait_for_everyone()
     return tasks, model.model.context_fingerprint() if state.is_main_process else None

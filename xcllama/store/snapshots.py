@@ -6,9 +6,8 @@ from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
 
-from tqdm import tqdm
-
 from xcllama.durable import durable, locked
+from xcllama.progress import tracked
 
 from .catalogue import Catalogue, Location
 from .manifest import (
@@ -91,7 +90,7 @@ def _upload_shards(catalogue: Catalogue, source: Path, folder: Folder) -> tuple[
     places: dict[int, tuple[str, int, int]] = {}
     entries = []
     with tempfile.TemporaryDirectory() as scratch:
-        for number, file_name, nbytes, header, state_bytes in tqdm(catalogue.rows(SHARDS), unit="shard", disable=None):
+        for number, file_name, nbytes, header, state_bytes in tracked(catalogue.rows(SHARDS), "shards"):
             states = list(map(Location._make, catalogue.rows(STATES, (number, time.time()))))
             if not states:
                 continue
@@ -147,7 +146,7 @@ def pull(url: str | Path, folder: str | Path, storage_options: dict | None = Non
         for partial in target.rglob(".*.partial"):
             # of a process that was killed: another one would hold the lock
             partial.unlink()
-        for entry in tqdm(manifest.files, unit="file", disable=None):
+        for entry in tracked(manifest.files, "files"):
             path = target / entry.name
             if not (path.is_file() and path.stat().st_size == entry.nbytes and sha256_of(path) == entry.sha256):
                 with durable(path) as file:

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
@@ -18,6 +17,7 @@ from modeling_xcllama import XCLlamaForCausalLM, XCLlamaProcessor
 from modeling_xcllama.checkpoints import find_model
 from modeling_xcllama.context_cache import ProjectedContext
 from modeling_xcllama.least_squares import fit_least_squares
+from xcllama.progress import tracked
 from xcllama.training.teacher import Teacher
 
 logger = logging.get_logger(__name__)
@@ -86,7 +86,7 @@ def fit_reader(
         "base_model_name_or_path": str(base),
     }
     model = XCLlamaForCausalLM.from_decoder(decoder, init="random", **(fields | config_overrides)).eval()
-    scores = fit_least_squares(model, tqdm(fitted, desc="least squares", unit="text"))
+    scores = fit_least_squares(model, tracked(fitted, "least squares, texts"))
     report = measure(model, Teacher(decoder, model.config.context_prefix), held_out, scores, rank_layers)
     model.save_cross_attention(output)
     if processor.tokenizer.chat_template:
@@ -152,7 +152,7 @@ def gains(
     """By reading layer, how much `loss` rises when that layer alone does not read."""
     layers = model.config.cross_attention_layers
     found = {}
-    for place, layer in enumerate(tqdm(layers, desc="what each layer brings", unit="layer")):
+    for place, layer in enumerate(tracked(layers, "what each layer brings, layers")):
         others = [other for other in range(len(layers)) if other != place]
         found[layer] = held_out.loss(model, contexts, others) - loss
     return found

@@ -16,6 +16,7 @@ from modeling_xcllama.context_encoding import pad_right
 from modeling_xcllama.context_projection import ReadingPlan
 from modeling_xcllama.cross_attention import resolve_implementation
 from modeling_xcllama.least_squares import fit_least_squares
+from xcllama.progress import tracked
 from xcllama.training.recipe import Recipe
 
 logger = logging.getLogger(__name__)
@@ -105,7 +106,7 @@ def start_in_closed_form(recipe: Recipe, model: XCLlamaForCausalLM, sequences: l
     """Set the context projections by least squares on `sequences` of token ids, and the adapters from a LoRA."""
     adapter = recipe.model.adapter_from
     reader = None if adapter is None else load_prompt_reader(recipe, adapter).to(model.device)
-    scores = fit_least_squares(model, sequences, reader)
+    scores = fit_least_squares(model, tracked(sequences, "least squares, texts"), reader)
     logger.info("least squares, R2 by layer: %s", {layer: round(score, 3) for layer, score in scores.items()})
     if adapter is not None:
         start_adapters(model, adapter, recipe)
