@@ -146,6 +146,9 @@ class XCLlamaModel(ContextChecksMixin, XCLlamaPreTrainedModel, LlamaModel):
         if sliding is not None:
             kwargs["sliding_window"] = sliding
         output_weights = bool(kwargs.get("output_attentions", self.config.output_attentions))
+        if kwargs.pop("only_context_weights", False):
+            # sdpa would warn that it gives no weights of its own
+            kwargs.pop("output_attentions")
         readings = cross_positions = None
         if context is not None and self.cross_rotary_emb is not None:
             cross_positions = self.cross_rotary_emb(hidden_states, position_ids=position_ids)

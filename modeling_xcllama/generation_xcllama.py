@@ -203,6 +203,7 @@ class ContextGenerationMixin:
             context_cache=context_cache,
             use_cache=False,
             output_attentions=True,
+            only_context_weights=True,
             logits_to_keep=1,
         )
         # the token at position i is written by what position i - 1 reads

@@ -130,10 +130,10 @@ def test_every_subcommand(corpus, checkpoint, tmp_path, monkeypatch):
     assert asked["hit"]["id"] == "c.pdf"
     assert (asked["sentence"], asked["start"], asked["end"]) == ("The ferry leaves at noon.", 0, 25)
     assert [own["found"] for own in asked["answers"]] == [True]
+    assert asked["cost"]["bytes_read"] > 0
     # a question of words that no document has is declined, not refused
     asked = json.loads(run("ask", store, "zeppelin", "--json")[1])
     assert (asked["text"], asked["found"], asked["hit"]) == (NOT_FOUND, False, None)
-    assert asked["cost"]["bytes_read"] > 0
     assert "2 contexts" in run("get", store, "r1", "a.txt", "--output", tmp_path / "two.safetensors")[1]
     loaded, _ = load_model(checkpoint)
     assert len(loaded.load_context(tmp_path / "two.safetensors")) == 2
