@@ -1,4 +1,4 @@
-"""The folder and the counts of `make newcomer`: every file is read or named, the facts stand in it, verdicts are right."""
+"""The folder and the counts of `make newcomer`: every file is read or named, facts stand in it, verdicts are right."""
 
 import importlib
 from pathlib import Path
