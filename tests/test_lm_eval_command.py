@@ -26,6 +26,7 @@ from modeling_xcllama import XCLlamaProcessor
 from xcllama.evaluation import command, documents
 from xcllama.evaluation.documents import load_documents
 from xcllama.evaluation.task import ContextTask
+from xcllama.store import ContextStore
 
 SMOLLM2 = cache_folder() / "models" / "SmolLM2-135M-Instruct"
 MODES = ("cross", "cross_shuffled", "prompt", "prompt_kv", "none")
@@ -173,13 +174,12 @@ def test_bad_documents_end_in_one_line(run, checkpoint, tmp_path):
 
 def test_a_cache_folder_of_another_model_ends_in_one_line(run, checkpoint, tmp_path):
     folder = tmp_path / "contexts"
-    folder.mkdir()
-    (folder / "contexts.json").write_text('{"fingerprint": "another", "dtype": "float32"}')
+    ContextStore(folder, fingerprint="another").close()
     code, out, err = run(*model_arguments(checkpoint, context_cache_dir=folder), "--tasks", "xc_squad_v2")
     assert code == 1
     assert out == ""
     (line,) = [line for line in err.splitlines() if line.startswith("Error:")]
-    assert "holds contexts with fingerprint 'another'" in line
+    assert "its fingerprint is another, the model's" in line
 
 
 def test_sampling_depends_on_the_seed_only(run, checkpoint, tmp_path):

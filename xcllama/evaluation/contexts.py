@@ -1,24 +1,17 @@
 """The contexts of a run: which a request reads, and their caches, encoded once and kept in memory and on disk."""
 
 import hashlib
-import json
-import logging
-import os
-import secrets
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import torch
 from lm_eval.api.instance import Instance
 
-logger = logging.getLogger(__name__)
+from xcllama.store import ContextStore
+from xcllama.store.encoding import DTYPES, convert
 
-CACHE_DTYPES = ("auto", "float32", "bfloat16", "float16", "int8", "int4")
-MANIFEST = "contexts.json"
-# contexts handed to the model's encoder at a time; it batches them by length itself
-CONTEXTS_PER_CALL = 64
+CACHE_DTYPES = ("auto", *DTYPES)
 
 Texts = tuple[str, ...]
 # a list of this process -> the lists of all processes as one, the same in each
@@ -80,13 +73,13 @@ def text_digest(text: str) -> str:
 
 
 class ContextPool:
-    """Caches of contexts by their text: each is encoded once, by one of the processes, and looked for on disk first.
+    """The store of a run's contexts, by their text: each is encoded once, by one of the processes.
 
     Args:
         model: an XC model.
         processor: its processor.
-        folder: where caches are kept between runs, of every dtype; None: in memory only.
-        dtype: of the stored states, one of `CACHE_DTYPES`; "auto" is the model's.
+        folder: the store's, kept between runs; it holds the model's own states, whatever `dtype`. None: of this run.
+        dtype: that contexts are read in, one of `CACHE_DTYPES`; "auto" is the model's.
         truncation: cut contexts that are longer than the model takes.
         rank, gather: this process among those that share the work, and what exchanges lists between them.
 
@@ -106,107 +99,73 @@ class ContextPool:
     ):
         if dtype not in CACHE_DTYPES:
             raise ValueError(f"`cache_dtype` must be one of {', '.join(CACHE_DTYPES)}, got {dtype!r}.")
-        self.model, self.processor, self.truncation = model, processor, truncation
-        self.own_dtype = str(model.dtype).removeprefix("torch.")
-        self.dtype = self.own_dtype if dtype == "auto" else dtype
-        self.folder = Path(folder) if folder else None
-        self.rank, self.gather = rank, gather
-        self.caches: dict[str, Any] = {}
+        self.model, self.rank, self.gather = model, rank, gather
+        self.dtype = str(model.dtype).removeprefix("torch.") if dtype == "auto" else dtype
+        self._processor = partial(processor, truncation=truncation)
+        # all that a store asks of it besides
+        self._processor.template_version = processor.template_version
         # of all processes
         self.encoded: set[str] = set()
         self.loaded: set[str] = set()
-        if self.folder is not None:
-            self._claim_folder()
+        self.bytes_per_token: float | None = None
+        # a folder of this run alone goes with this object; the first process's serves all of its machine
+        self._scratch = None if folder else tempfile.TemporaryDirectory()
+        self.store: ContextStore | None = self._open(folder) if folder else None
 
-    def _claim_folder(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        fingerprint, manifest = self.model.model.context_fingerprint(), self.folder / MANIFEST
-        if not manifest.exists():
-            partial = manifest.with_name(f".{MANIFEST}.{secrets.token_hex(4)}.partial")
-            partial.write_text(json.dumps({"fingerprint": fingerprint}) + "\n")
-            os.replace(partial, manifest)
-        found = json.loads(manifest.read_text()).get("fingerprint")
-        if found != fingerprint:
-            raise ValueError(
-                f"`context_cache_dir` {self.folder} holds contexts with fingerprint {found!r}, this model's is "
-                f"{fingerprint!r}: give another folder, or none."
-            )
-
-    def _path(self, text: str, dtype: str) -> Path:
-        return self.folder / dtype / f"{text_digest(text)}.safetensors"
-
-    def _load(self, text: str) -> Any | None:
-        """The kept cache of a text, converted where only the model's own states are kept; None: neither is."""
-        for dtype in (self.dtype, self.own_dtype) if self.folder is not None else ():
-            if (path := self._path(text, dtype)).exists():
-                cache = self.model.load_context(path)
-                return cache if dtype == self.dtype else self._converted(cache)
-        return None
-
-    def _converted(self, cache: Any) -> Any:
-        if self.dtype in ("int8", "int4"):
-            return cache.quantize(self.dtype)
-        return cache.to(dtype=getattr(torch, self.dtype))
+    def _open(self, folder: str) -> ContextStore:
+        try:
+            return ContextStore(folder, self.model, self._processor, passage_tokens=None)
+        except ValueError as error:
+            raise ValueError(f"`context_cache_dir` does not serve this model: {error}") from error
 
     def fetch(self, texts: Iterable[str]) -> set[str]:
-        """Have a cache for each of `texts`; returns those that had to be encoded now.
+        """Have states of each of `texts`; returns those that had to be encoded now.
 
         Every process calls it at the same time.
         """
-        missing = {text for text in texts if text not in self.caches}
-        kept = {text: cache for text in missing if (cache := self._load(text)) is not None}
-        self.caches |= kept
-        missing -= set(kept)
-        self.loaded |= set(self.gather(list(kept)))
+        if self.store is None:
+            self.store = self._open(self.gather([self._scratch.name])[0])
+        store, wanted = self.store, set(texts)
+        missing = {text for text in wanted if text_digest(text) not in store}
+        self.loaded |= set(self.gather(sorted(wanted - missing)))
         wanted_by: dict[str, list[int]] = {}
         for rank, text in self.gather([(self.rank, text) for text in sorted(missing)]):
             wanted_by.setdefault(text, []).append(rank)
         # those that want a text take turns
         owners = {text: ranks[place % len(ranks)] for place, (text, ranks) in enumerate(wanted_by.items())}
         # long ones first: each call holds contexts of similar length, the same in every run
-        mine = sorted((text for text in sorted(missing) if owners[text] == self.rank), key=len, reverse=True)
-        for start in range(0, len(mine), CONTEXTS_PER_CALL):
-            self._encode(mine[start : start + CONTEXTS_PER_CALL])
+        self._encode(sorted((text for text in sorted(missing) if owners[text] == self.rank), key=len, reverse=True))
         self.encoded |= set(wanted_by)
-        shared = [(text, self.caches[text].to("cpu")) for text in mine if len(wanted_by[text]) > 1]
-        for text, cache in self.gather(shared):
-            if text in missing:
-                self.caches[text] = cache
+        self.gather([])
+        # what another machine encoded is in its own folder
+        self._encode(sorted(text for text in missing if text_digest(text) not in store))
         return missing
 
     def _encode(self, texts: list[str]) -> None:
-        inputs = self.processor(contexts=texts, truncation=self.truncation, return_tensors="pt")
-        encoded = self.model.encode_context(
-            inputs["context_input_ids"].to(self.model.device), inputs["context_attention_mask"].to(self.model.device)
-        )
-        for index, text in enumerate(texts):
-            self.caches[text] = cache = self._converted(encoded.select([index]).compact())
-            if self.folder is not None:
-                path = self._path(text, self.dtype)
-                path.parent.mkdir(exist_ok=True)
-                cache.save(path)
+        if texts:
+            self.store.add(map(text_digest, texts), texts, progress=False)
 
     def rows(self, requests: Sequence[Texts]):
         """One cache with a row for each of `requests` (tuples of texts that were fetched)."""
         distinct = list(dict.fromkeys(text for texts in requests for text in texts))
         place = {text: index for index, text in enumerate(distinct)}
-        caches = [self.caches[text].to(self.model.device) for text in distinct]
-        joined = type(caches[0]).concat(caches)
-        return joined.join([[place[text] for text in texts] for texts in requests])
+        cache = convert(self.store.get([text_digest(text) for text in distinct]), self.dtype).to(self.model.device)
+        return cache.join([[place[text] for text in texts] for texts in requests])
 
     def size(self, texts: Texts) -> tuple[int, int]:
-        """(tokens, bytes of the cached states) of some contexts."""
-        caches = [self.caches[text] for text in texts]
-        return sum(cache.num_tokens for cache in caches), sum(cache.nbytes for cache in caches)
+        """(tokens, bytes of the states as they are read) of some contexts."""
+        ids = [text_digest(text) for text in texts]
+        tokens = sum(place.tokens for name in ids for place in self.store.catalogue.locate(name))
+        if self.bytes_per_token is None:
+            self.bytes_per_token = convert(self.store.get(ids[:1]), self.dtype).bytes_per_token
+        return tokens, round(tokens * self.bytes_per_token)
 
     def summary(self) -> dict[str, Any]:
         """What became of the contexts of the run so far."""
-        tokens = sum(cache.num_tokens for cache in self.caches.values())
-        size = sum(cache.nbytes for cache in self.caches.values())
         return {
             "cache_dtype": self.dtype,
             "contexts": len(self.encoded | self.loaded),
             "contexts_encoded": len(self.encoded),
             "contexts_from_folder": len(self.loaded - self.encoded),
-            "cache_bytes_per_token": size / tokens if tokens else None,
+            "cache_bytes_per_token": self.bytes_per_token,
         }

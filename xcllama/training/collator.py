@@ -11,7 +11,6 @@ from xcllama.training.answer_spans import answer_places
 from xcllama.training.batch import Batch
 from xcllama.training.examples import Example
 from xcllama.training.prompts import Prompts
-from xcllama.training.stored_states import StoredStates
 
 
 class Collator:
@@ -32,7 +31,7 @@ class Collator:
         prompts: Prompts,
         passages: Sequence[str],
         context_ids: list[list[int]],
-        states: StoredStates | None = None,
+        states: Sequence[Tensor] | None = None,
         in_prompt: bool = False,
         context_dropout: float = 0.0,
         spans: bool = False,

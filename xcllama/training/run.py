@@ -1,13 +1,13 @@
 """From a recipe to a trained, exported model: what `xcllama train` does."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from torch import nn
+from torch import Tensor, nn
 
 from dataset_builders.wheels import cache_folder
 from xcllama.models import load_model
@@ -23,7 +23,7 @@ from xcllama.training.passages import read_passages
 from xcllama.training.prompts import Prompts
 from xcllama.training.recipe import Recipe
 from xcllama.training.renaming import with_renamed
-from xcllama.training.stored_states import StoredStates, encode_in_memory, store_states
+from xcllama.training.stored_states import encode_in_memory, store_states
 from xcllama.training.teacher import Teacher, load_prompt_reader, start_in_closed_form
 from xcllama.training.transfer import transfer
 
@@ -108,7 +108,7 @@ def make_collator(
     prompts: Prompts,
     passages: list[str],
     context_ids: list[list[int]],
-    states: StoredStates | None,
+    states: Sequence[Tensor] | None,
     training: bool = True,
 ) -> Collator:
     """The collator of a recipe; without dropout of context tokens when not `training`."""
@@ -154,7 +154,7 @@ def reads_stored_states(recipe: Recipe) -> bool:
 
 def _stored(
     recipe: Recipe, model: nn.Module, context_ids: list[list[int]], accelerator: Accelerator
-) -> StoredStates | None:
+) -> Sequence[Tensor] | None:
     if not reads_stored_states(recipe) or not recipe.run.store_states:
         return None
     model.to(accelerator.device)

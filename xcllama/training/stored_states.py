@@ -1,11 +1,12 @@
-"""States of the passages, computed once with the frozen encoder and read from disk through mmap afterwards.
+"""States of the passages, computed once with the frozen encoder and read from a store of encoded states afterwards.
 
-They lie in shards of 256 passages (ordinary context caches), named by the passages' token ids, in a folder named by
-what made them: an interrupted run goes on with the first missing shard, and runs on the same passages share them.
+The store's folder is named by what made the states, its documents by the passages' token ids: an interrupted run goes
+on with the first missing passage, and runs on the same passages share them.
 """
 
 import hashlib
 import logging
+from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
 
@@ -13,60 +14,54 @@ import torch
 from torch import Tensor
 
 from modeling_xcllama import ContextCache, XCLlamaForCausalLM
+from xcllama.store import ContextStore
+from xcllama.store.encoding import content_digest
 
 logger = logging.getLogger(__name__)
 
-SHARD_PASSAGES = 256
+PASSAGES_PER_COMMIT = 256
 
 
-class StoredStates:
+class StoredStates(Sequence):
     """States by passage: `states[index]` is `[length, width]`, a view of a mapped file."""
 
-    def __init__(self, caches: list[ContextCache]):
-        self._spans: list[tuple[Tensor, int, int]] = []
-        for cache in caches:
-            hidden = cache.states["hidden"]
-            self._spans += [
-                (hidden, start, end) for start, end in zip(cache.offsets[:-1], cache.offsets[1:], strict=True)
-            ]
+    def __init__(self, store: ContextStore, ids: list[str]):
+        self._store, self._ids = store, ids
 
     def __len__(self) -> int:
-        return len(self._spans)
+        return len(self._ids)
 
     def __getitem__(self, index: int) -> Tensor:
-        hidden, start, end = self._spans[index]
-        return hidden[start:end]
+        return self._store.get(self._ids[index]).states["hidden"]
 
 
 def store_states(
     model: XCLlamaForCausalLM, passages: list[list[int]], folder: Path, is_main: bool = True
 ) -> StoredStates:
-    """Compute what is missing of the states of `passages` (token ids) under `folder`, and map all of it.
+    """Compute what is missing of the states of `passages` (token ids) in the store under `folder`.
 
     Args:
         is_main: compute; other processes call this once the main one is done.
 
     Raises:
-        ValueError: a shard is damaged; it names the file.
+        ValueError: a passage is missing where another process computes.
     """
-    folder = folder / encoder_digest(model)[:16]
-    folder.mkdir(parents=True, exist_ok=True)
-    caches = []
-    for start in range(0, len(passages), SHARD_PASSAGES):
-        shard = passages[start : start + SHARD_PASSAGES]
-        path = folder / f"states-{hashlib.sha256(repr(shard).encode()).hexdigest()[:16]}.safetensors"
-        if not path.is_file():
-            if not is_main:
-                raise ValueError(f"{path} is missing; the main process writes it first.")
-            _encode(model, shard).save(path)
-            logger.info("states of %d / %d passages", min(start + SHARD_PASSAGES, len(passages)), len(passages))
-        caches.append(ContextCache.load(path, verify=False))
-    return StoredStates(caches)
+    digest = encoder_digest(model)
+    store = ContextStore(folder / digest[:16], fingerprint=digest, read_only=not is_main)
+    named = {content_digest(ids).hex(): ids for ids in passages}
+    missing = [name for name in named if name not in store]
+    if missing and not is_main:
+        raise ValueError(f"{len(missing)} passages are missing in {folder}; the main process writes them first.")
+    for start in range(0, len(missing), PASSAGES_PER_COMMIT):
+        names = missing[start : start + PASSAGES_PER_COMMIT]
+        store.add_cache(names, [""] * len(names), _encode(model, [named[name] for name in names]))
+        logger.info("states of %d / %d passages", min(start + PASSAGES_PER_COMMIT, len(missing)), len(missing))
+    return StoredStates(store, [content_digest(ids).hex() for ids in passages])
 
 
-def encode_in_memory(model: XCLlamaForCausalLM, passages: list[list[int]]) -> StoredStates:
+def encode_in_memory(model: XCLlamaForCausalLM, passages: list[list[int]]) -> list[Tensor]:
     """The states of a few passages, on no disk."""
-    return StoredStates([_encode(model, passages)])
+    return list(_encode(model, passages).states["hidden"].split([len(ids) for ids in passages]))
 
 
 @torch.no_grad()
