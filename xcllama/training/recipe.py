@@ -1,29 +1,34 @@
 """A recipe: everything that decides what a run computes, from one YAML file, checked before anything is loaded."""
 
-import dataclasses
 import hashlib
 import json
-import math
-import typing
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dataset_builders.tasks import PASSAGE_TASKS
 
 RECIPES = Path(__file__).parent / "recipes"
-METHODS = ("cross_attention", "lora_prompt", "lora_closed_book")
-TASKS = ("answer", *PASSAGE_TASKS)
-SCHEDULES = ("linear", "cosine", "constant")
-PRECISIONS = ("fp32", "bf16")
-# fields of `optimization` that recipes got later: where they are not used, a run keeps the digest that it had
-LATER = ("span_loss", "span_layers", "start_share")
+
+Count = Annotated[int, Field(strict=True, ge=0)]
+Positive = Annotated[int, Field(strict=True, ge=1)]
+Index = Annotated[int, Field(strict=True)]
+# text too: YAML reads 1e-3 as such
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, lt=1)]
 
 
-@dataclass(frozen=True)
-class ModelSection:
+class Section(BaseModel):
+    """Values that are checked once and never change; a name that is no field is refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSection(Section):
     """What is trained, and on what.
 
     Args:
@@ -46,24 +51,21 @@ class ModelSection:
 
     base: str
     encoder: str | None = None
-    encoder_layers: int | None = None
+    encoder_layers: Positive | None = None
     train_encoder: bool = False
     attn_implementation: str | None = None
     chat_template: str | None = None
-    init: str = "self_attention"
+    init: Literal["self_attention", "random", "zero"] = "self_attention"
     transfer_from: str | None = None
-    follow_steps: int = 0
-    least_squares_passages: int = 0
+    follow_steps: Count = 0
+    least_squares_passages: Count = 0
     adapter_from: str | None = None
     start_from: str | None = None
-    config: dict[str, Any] = field(default_factory=dict)
-    lora: dict[str, Any] = field(
-        default_factory=lambda: {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}
-    )
+    config: dict[str, Any] = {}
+    lora: dict[str, Any] = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}
 
 
-@dataclass(frozen=True)
-class DataSection:
+class DataSection(Section):
     """Where passages and questions come from.
 
     Args:
@@ -80,20 +82,19 @@ class DataSection:
         renamed: passages that are added once more with invented names and numbers.
     """
 
-    sources: dict[str, float]
-    tasks: dict[str, float]
-    max_context_words: int = 260
-    windows: int = 1
-    max_answer_words: int = 12
-    max_history: int = 2
-    distractors: int = 0
-    unanswerable: float = 0.0
-    max_passages: int | None = None
-    renamed: int = 0
+    sources: dict[str, Weight]
+    tasks: dict[Literal["answer", *PASSAGE_TASKS], Weight]
+    max_context_words: Positive = 260
+    windows: Positive = 1
+    max_answer_words: Positive = 12
+    max_history: Count = 2
+    distractors: Count = 0
+    unanswerable: Share = 0.0
+    max_passages: Positive | None = None
+    renamed: Count = 0
 
 
-@dataclass(frozen=True)
-class OptimizationSection:
+class OptimizationSection(Section):
     """How it is trained; a step is one update of the weights.
 
     Args:
@@ -108,28 +109,27 @@ class OptimizationSection:
         gate_learning_rate: of the gates (None: `learning_rate`).
     """
 
-    steps: int
-    passages_per_step: int = 8
-    questions_per_passage: int = 2
-    accumulate: int = 1
-    learning_rate: float = 1e-3
-    gate_learning_rate: float | None = None
-    schedule: str = "linear"
-    warmup: float = 0.02
-    weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.95)
-    max_grad_norm: float = 1.0
-    precision: str = "bf16"
+    steps: Positive
+    passages_per_step: Positive = 8
+    questions_per_passage: Positive = 2
+    accumulate: Positive = 1
+    learning_rate: Rate = 1e-3
+    gate_learning_rate: Rate | None = None
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup: Share = 0.02
+    weight_decay: Weight = 0.0
+    betas: tuple[Share, Share] = (0.9, 0.95)
+    max_grad_norm: Rate = 1.0
+    precision: Literal["fp32", "bf16"] = "bf16"
     gradient_checkpointing: bool = False
-    question_loss: float = 0.0
-    span_loss: float = 0.0
-    span_layers: tuple[int, ...] = ()
-    start_share: float = 0.0
-    context_dropout: float = 0.1
+    question_loss: Weight = 0.0
+    span_loss: Weight = 0.0
+    span_layers: tuple[Count, ...] = ()
+    start_share: Share = 0.0
+    context_dropout: Share = 0.1
 
 
-@dataclass(frozen=True)
-class DistillationSection:
+class DistillationSection(Section):
     """A teacher that reads the passage in its prompt: the same frozen decoder.
 
     Args:
@@ -140,15 +140,14 @@ class DistillationSection:
         temperature: of both distributions.
     """
 
-    weight: float = 0.0
-    hidden_weight: float = 0.0
-    hidden_layers: tuple[int, ...] = ()
+    weight: Weight = 0.0
+    hidden_weight: Weight = 0.0
+    hidden_layers: tuple[Index, ...] = ()
     adapter: str | None = None
-    temperature: float = 1.0
+    temperature: Rate = 1.0
 
 
-@dataclass(frozen=True)
-class RunSection:
+class RunSection(Section):
     """What does not change the weights: where and how often things are written.
 
     Args:
@@ -162,83 +161,74 @@ class RunSection:
 
     base_id: str | None = None
     encoder_id: str | None = None
-    stop_step: int | None = None
+    stop_step: Positive | None = None
     store_states: bool = True
-    save_steps: int = 200
-    keep: int = 2
-    log_steps: int = 20
-    evaluate_steps: int = 0
-    evaluate_questions: int = 64
+    save_steps: Positive = 200
+    keep: Positive = 2
+    log_steps: Positive = 20
+    evaluate_steps: Count = 0
+    evaluate_questions: Positive = 64
     evaluate_source: str = "squad_sample"
     trackers: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Recipe:
+class Recipe(Section):
     """One run; `digest` names what it computes."""
 
     name: str
     model: ModelSection
     data: DataSection
     optimization: OptimizationSection
-    method: str = "cross_attention"
-    seed: int = 0
+    method: Literal["cross_attention", "lora_prompt", "lora_closed_book"] = "cross_attention"
+    seed: Index = 0
     description: str = ""
     distillation: DistillationSection = DistillationSection()
     run: RunSection = RunSection()
 
-    def __post_init__(self) -> None:
-        _one_of("method", self.method, METHODS)
-        data, optimization = self.data, self.optimization
-        _one_of("optimization.schedule", optimization.schedule, SCHEDULES)
-        _one_of("optimization.precision", optimization.precision, PRECISIONS)
-        for name in data.tasks:
-            _one_of("data.tasks", name, TASKS)
-        for section, weights in (("tasks", data.tasks), ("sources", data.sources)):
-            if not weights or min(weights.values()) < 0 or not any(weights.values()):
-                raise ValueError(f"`data.{section}` needs weights >= 0 and one above 0, got {weights}.")
-        for name in ("steps", "passages_per_step", "questions_per_passage", "accumulate"):
-            _at_least(f"optimization.{name}", getattr(optimization, name), 1)
-        for name in ("max_context_words", "windows", "max_answer_words"):
-            _at_least(f"data.{name}", getattr(data, name), 1)
-        _at_least("data.renamed", data.renamed, 0)
-        if not 0 <= data.unanswerable < 1:
-            raise ValueError(f"`data.unanswerable` must lie in [0, 1), got {data.unanswerable}.")
-        for name in ("save_steps", "keep", "log_steps"):
-            _at_least(f"run.{name}", getattr(self.run, name), 1)
-        if not (optimization.learning_rate > 0 and math.isfinite(optimization.learning_rate)):
-            raise ValueError(f"`optimization.learning_rate` must be above 0, got {optimization.learning_rate}.")
-        for name in ("warmup", "context_dropout", "start_share"):
-            if not 0 <= getattr(optimization, name) < 1:
-                raise ValueError(f"`optimization.{name}` must lie in [0, 1), got {getattr(optimization, name)}.")
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Recipe":
+        for message in (*self._data_faults(), *self._model_faults(), *self._loss_faults()):
+            raise ValueError(message)
+        return self
+
+    def _data_faults(self) -> Iterator[str]:
+        for name, weights in (("tasks", self.data.tasks), ("sources", self.data.sources)):
+            if not any(weights.values()):
+                yield f"`data.{name}` needs weights and one above 0, got {weights}."
+        if "squad_sample" in self.data.sources:
+            yield "`data.sources` must not hold squad_sample: it is for evaluation only."
+
+    def _model_faults(self) -> Iterator[str]:
+        model = self.model
+        if model.train_encoder and model.encoder is None:
+            yield "`model.train_encoder` needs `model.encoder`; the decoder itself is never trained."
+        if model.follow_steps and not (model.train_encoder and model.transfer_from):
+            yield "`model.follow_steps` needs `model.train_encoder` and `model.transfer_from`."
+        if model.transfer_from is not None and not model.least_squares_passages:
+            yield "`model.transfer_from` needs `model.least_squares_passages` above 0."
+        if model.start_from is not None and (model.transfer_from or model.least_squares_passages):
+            yield "`model.start_from` brings all weights: no `transfer_from`, no `least_squares_passages`."
+        if self.optimization.start_share and model.start_from is None:
+            yield f"`optimization.start_share` ({self.optimization.start_share}) needs `model.start_from`."
+
+    def _loss_faults(self) -> Iterator[str]:
         if self.distilled and (self.method != "cross_attention" or self.model.encoder is not None):
-            raise ValueError(
+            yield (
                 f"`distillation` needs method 'cross_attention' and no `model.encoder`, got {self.method!r} and "
                 f"{self.model.encoder!r}."
             )
         if bool(self.distillation.hidden_weight) != bool(self.distillation.hidden_layers):
-            raise ValueError("`distillation.hidden_weight` and `distillation.hidden_layers` go together.")
-        if optimization.start_share and self.model.start_from is None:
-            raise ValueError(f"`optimization.start_share` ({optimization.start_share}) needs `model.start_from`.")
-        if optimization.span_loss:
-            layers = self.model.config.get("cross_attention_layers") or ()
-            if not optimization.span_layers or not set(optimization.span_layers) <= set(layers):
-                raise ValueError(
-                    "`optimization.span_loss` needs `span_layers`, some of `model.config.cross_attention_layers` "
-                    f"({list(layers)}), got {list(optimization.span_layers)}."
-                )
-            if self.model.config.get("cross_attention_share_weights"):
-                raise ValueError("`optimization.span_loss` needs a block of its own for each layer.")
-        if self.model.follow_steps and not (self.model.train_encoder and self.model.transfer_from):
-            raise ValueError("`model.follow_steps` needs `model.train_encoder` and `model.transfer_from`.")
-        if self.model.train_encoder and self.model.encoder is None:
-            raise ValueError("`model.train_encoder` needs `model.encoder`; the decoder itself is never trained.")
-        if self.model.transfer_from is not None and not self.model.least_squares_passages:
-            raise ValueError("`model.transfer_from` needs `model.least_squares_passages` above 0.")
-        if self.model.start_from is not None and (self.model.transfer_from or self.model.least_squares_passages):
-            raise ValueError("`model.start_from` brings all weights: no `transfer_from`, no `least_squares_passages`.")
-        if "squad_sample" in data.sources:
-            raise ValueError("`data.sources` must not hold squad_sample: it is for evaluation only.")
+            yield "`distillation.hidden_weight` and `distillation.hidden_layers` go together."
+        if not self.optimization.span_loss:
+            return
+        layers, drawn = self.model.config.get("cross_attention_layers") or (), self.optimization.span_layers
+        if not drawn or not set(drawn) <= set(layers):
+            yield (
+                "`optimization.span_loss` needs `span_layers`, some of `model.config.cross_attention_layers` "
+                f"({list(layers)}), got {list(drawn)}."
+            )
+        if self.model.config.get("cross_attention_share_weights"):
+            yield "`optimization.span_loss` needs a block of its own for each layer."
 
     @property
     def distilled(self) -> bool:
@@ -247,17 +237,13 @@ class Recipe:
 
     @property
     def digest(self) -> str:
-        """Digest of all that decides the weights: every field but `run` and `description`."""
-        fields = dataclasses.asdict(self)
-        fields = {name: value for name, value in fields.items() if name not in ("run", "description")}
-        for name in LATER:
-            if not fields["optimization"][name]:
-                del fields["optimization"][name]
+        """Digest of all that decides the weights: what is not at its default, but `run` and `description`."""
+        fields = self.model_dump(mode="json", exclude={"run", "description"}, exclude_defaults=True)
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as a recipe file holds them."""
-        return json.loads(json.dumps(dataclasses.asdict(self)))
+        return self.model_dump(mode="json")
 
 
 def load_recipe(path: str | Path) -> Recipe:
@@ -296,59 +282,29 @@ def _read(path: Path, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 
 def recipe_from_dict(values: Any) -> Recipe:
-    """A recipe from plain values, with the same checks."""
-    return _build(Recipe, values, "recipe")
+    """A recipe from plain values.
+
+    Raises:
+        ValueError: a line for each fault: the field, the rule and the value.
+    """
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        faults = error.errors(include_url=False)
+    raise ValueError("\n".join(map(_told, faults)))
 
 
-def _build(kind: type, values: Any, where: str) -> Any:
-    if not isinstance(values, dict):
-        raise ValueError(f"`{where}` must be a mapping, got {type(values).__name__}.")
-    fields = {item.name: item for item in dataclasses.fields(kind)}
-    if unknown := sorted(set(values) - set(fields)):
-        raise ValueError(f"`{where}` has no field {unknown[0]!r}; its fields are {', '.join(fields)}.")
-    hints = typing.get_type_hints(kind)
-    arguments = {}
-    for name, value in values.items():
-        arguments[name] = _value(hints[name], value, f"{where}.{name}")
-    missing = [
-        name
-        for name, item in fields.items()
-        if name not in values and item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
-    ]
-    if missing:
-        raise ValueError(f"`{where}` lacks {', '.join(missing)}.")
-    return kind(**arguments)
-
-
-def _value(hint: Any, value: Any, where: str) -> Any:
-    if dataclasses.is_dataclass(hint):
-        return _build(hint, value, where)
-    origin, options = typing.get_origin(hint), typing.get_args(hint)
-    if origin is tuple:
-        if not isinstance(value, list | tuple):
-            raise ValueError(f"`{where}` must be a list, got {value!r}.")
-        return tuple(value)
-    allowed = tuple(
-        typing.get_origin(option) or option
-        for option in (options if origin and origin is not dict else (origin or hint,))
-    )
-    # YAML reads 1e-3 as a string and 1 as an integer
-    if float in allowed and (isinstance(value, int | str) and not isinstance(value, bool)):
-        try:
-            value = float(value)
-        except ValueError:
-            raise ValueError(f"`{where}` must be a number, got {value!r}.") from None
-    if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
-        names = " or ".join("null" if item is type(None) else item.__name__ for item in allowed)
-        raise ValueError(f"`{where}` must be {names}, got {value!r}.")
-    return value
-
-
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, got {value!r}.")
-
-
-def _at_least(name: str, value: int, minimum: int) -> None:
-    if value < minimum:
-        raise ValueError(f"`{name}` must be at least {minimum}, got {value}.")
+def _told(fault: dict[str, Any]) -> str:
+    """One fault that pydantic found, as a sentence."""
+    *sections, name = ("recipe", *fault["loc"])
+    where = ".".join(map(str, sections))
+    if fault["type"] == "missing":
+        return f"`{where}` lacks {name}."
+    if fault["type"] == "extra_forbidden":
+        kind = Recipe
+        for section in sections[1:]:
+            kind = kind.model_fields[section].annotation
+        return f"`{where}` has no field {name!r}; its fields are {', '.join(kind.model_fields)}."
+    if fault["type"] == "value_error":
+        return str(fault["ctx"]["error"])
+    return f"`{'.'.join(map(str, (*sections, name)))}`: {fault['msg']}, got {fault['input']!r:.80}."
