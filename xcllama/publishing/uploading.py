@@ -1,6 +1,5 @@
 """A folder to a Hub repository: rights, differences, one commit, tag, and read back with digests compared."""
 
-import hashlib
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +11,9 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ge
 # the client's own name for what its HTTP library raises
 from huggingface_hub.errors import HTTPError, RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils.sha import git_hash
+
+from xcllama.store.manifest import sha256_of
 
 REPO_TYPES = ("model", "dataset", "space", "kernel")
 # what a repository may hold that is nobody's work
@@ -64,21 +66,6 @@ class Changes:
 def files_of(folder: Path) -> list[str]:
     """Names of all files under `folder`."""
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def git_digest(path: Path) -> str:
-    """What git calls a file of this content."""
-    digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size)
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 @contextmanager
@@ -162,7 +149,7 @@ def compare(api: HfApi, folder: Path, target: Target) -> Changes:
 def _is_same(path: Path, remote: RepoFile) -> bool:
     if remote.size != path.stat().st_size:
         return False
-    return sha256(path) == remote.lfs.sha256 if remote.lfs else git_digest(path) == remote.blob_id
+    return sha256_of(path) == remote.lfs.sha256 if remote.lfs else git_hash(path.read_bytes()) == remote.blob_id
 
 
 def upload(api: HfApi, folder: Path, target: Target, changes: Changes, message: str) -> str:
@@ -188,6 +175,7 @@ def upload(api: HfApi, folder: Path, target: Target, changes: Changes, message: 
             names = [*changes.added, *changes.changed]
             operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=folder / name) for name in names]
             operations += [CommitOperationDelete(path_in_repo=name) for name in changes.removed]
+            # `upload_folder` cuts large folders into several commits: a revision would not appear as a whole
             options = {"revision": target.branch, "parent_commit": parent, "create_pr": target.create_pr}
             info = api.create_commit(**where, operations=operations, commit_message=message, **options)
             commit = info.oid
@@ -218,6 +206,6 @@ def read_back(api: HfApi, folder: Path, target: Target, commit: str) -> None:
         copy = Path(api.snapshot_download(target.repo_id, **options))
         there, here = set(files_of(copy)) - {".gitattributes"}, set(files_of(folder)) - {".gitattributes"}
         differing = sorted(there ^ here) + [name for name in sorted(there & here)
-                                            if sha256(copy / name) != sha256(folder / name)]  # fmt: skip
+                                            if sha256_of(copy / name) != sha256_of(folder / name)]  # fmt: skip
         if differing:
             raise ValueError(f"{target.repo_id} at {commit} reads back differently: {', '.join(differing[:8])}.")

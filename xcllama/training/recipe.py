@@ -3,11 +3,13 @@
 import hashlib
 import json
 from collections.abc import Iterator
+from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic.dataclasses import dataclass
 
 from dataset_builders.tasks import PASSAGE_TASKS
 
@@ -22,13 +24,12 @@ Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
-class Section(BaseModel):
-    """Values that are checked once and never change; a name that is no field is refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+# values that are checked once and never change; a name that is no field is refused
+section = dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 
 
-class ModelSection(Section):
+@section
+class ModelSection:
     """What is trained, and on what.
 
     Args:
@@ -61,11 +62,14 @@ class ModelSection(Section):
     least_squares_passages: Count = 0
     adapter_from: str | None = None
     start_from: str | None = None
-    config: dict[str, Any] = {}
-    lora: dict[str, Any] = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}
+    config: dict[str, Any] = field(default_factory=dict)
+    lora: dict[str, Any] = field(
+        default_factory=lambda: {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}
+    )
 
 
-class DataSection(Section):
+@section
+class DataSection:
     """Where passages and questions come from.
 
     Args:
@@ -94,7 +98,8 @@ class DataSection(Section):
     renamed: Count = 0
 
 
-class OptimizationSection(Section):
+@section
+class OptimizationSection:
     """How it is trained; a step is one update of the weights.
 
     Args:
@@ -129,7 +134,8 @@ class OptimizationSection(Section):
     context_dropout: Share = 0.1
 
 
-class DistillationSection(Section):
+@section
+class DistillationSection:
     """A teacher that reads the passage in its prompt: the same frozen decoder.
 
     Args:
@@ -147,7 +153,8 @@ class DistillationSection(Section):
     temperature: Rate = 1.0
 
 
-class RunSection(Section):
+@section
+class RunSection:
     """What does not change the weights: where and how often things are written.
 
     Args:
@@ -172,7 +179,8 @@ class RunSection(Section):
     trackers: tuple[str, ...] = ()
 
 
-class Recipe(Section):
+@section
+class Recipe:
     """One run; `digest` names what it computes."""
 
     name: str
@@ -238,12 +246,15 @@ class Recipe(Section):
     @property
     def digest(self) -> str:
         """Digest of all that decides the weights: what is not at its default, but `run` and `description`."""
-        fields = self.model_dump(mode="json", exclude={"run", "description"}, exclude_defaults=True)
+        fields = RECIPE.dump_python(self, mode="json", exclude={"run", "description"}, exclude_defaults=True)
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as a recipe file holds them."""
-        return self.model_dump(mode="json")
+        return RECIPE.dump_python(self, mode="json")
+
+
+RECIPE = TypeAdapter(Recipe)
 
 
 def load_recipe(path: str | Path) -> Recipe:
@@ -288,7 +299,7 @@ def recipe_from_dict(values: Any) -> Recipe:
         ValueError: a line for each fault: the field, the rule and the value.
     """
     try:
-        return Recipe.model_validate(values)
+        return RECIPE.validate_python(values)
     except ValidationError as error:
         faults = error.errors(include_url=False)
     raise ValueError("\n".join(map(_told, faults)))
@@ -300,11 +311,11 @@ def _told(fault: dict[str, Any]) -> str:
     where = ".".join(map(str, sections))
     if fault["type"] == "missing":
         return f"`{where}` lacks {name}."
-    if fault["type"] == "extra_forbidden":
+    if fault["type"] == "unexpected_keyword_argument":
         kind = Recipe
-        for section in sections[1:]:
-            kind = kind.model_fields[section].annotation
-        return f"`{where}` has no field {name!r}; its fields are {', '.join(kind.model_fields)}."
+        for part in sections[1:]:
+            kind = kind.__annotations__[part]
+        return f"`{where}` has no field {name!r}; its fields are {', '.join(kind.__annotations__)}."
     if fault["type"] == "value_error":
         return str(fault["ctx"]["error"])
     return f"`{'.'.join(map(str, (*sections, name)))}`: {fault['msg']}, got {fault['input']!r:.80}."
