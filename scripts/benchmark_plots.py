@@ -1,6 +1,5 @@
 """Plots of results/benchmark.json: ratios to the targets, latency and memory against context length."""
 
-import os
 from pathlib import Path
 
 import matplotlib
@@ -8,6 +7,8 @@ import matplotlib
 matplotlib.use("Agg")
 from benchmark_ratios import ratios
 from matplotlib import pyplot
+
+from xcllama.durable import durable
 
 SHOWN = (
     "hidden 16-bit, file warm",
@@ -73,7 +74,6 @@ def draw_ratios(results: dict, folder: Path) -> None:
 
 
 def _save(figure, path: Path) -> None:
-    partial = path.with_name(f".{path.name}")
-    figure.savefig(partial, dpi=120, format="png")
+    with durable(path) as file:
+        figure.savefig(file, dpi=120, format="png")
     pyplot.close(figure)
-    os.replace(partial, path)

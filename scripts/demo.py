@@ -16,6 +16,7 @@ from statistics import median
 import torch
 from load_model import load_model
 
+from xcllama.costs import key_value_bytes
 from xcllama.evaluation.metrics import normalize_answer
 from xcllama.provenance import require_clean, write_result
 from xcllama.store import ContextStore
@@ -35,8 +36,7 @@ def read_documents(folder: Path) -> list[dict]:
 def encode(arguments: argparse.Namespace) -> list[dict]:
     """Encode every passage into the store."""
     model, processor = load_model(arguments.checkpoint)
-    config = model.config
-    kv_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * model.dtype.itemsize
+    kv_bytes = key_value_bytes(model.config, model.dtype.itemsize)
     rows = []
     with ContextStore(arguments.store, model, processor) as store:
         for document in read_documents(arguments.passages):

@@ -1,4 +1,4 @@
-"""The model that a script is told to use: a folder of added weights, a whole model's folder, or a Hub id."""
+"""The model that a script of this repository is told to use: see `xcllama.models`; unnamed, its own checkpoint."""
 
 from pathlib import Path
 

@@ -6,8 +6,8 @@ from typing import Any
 from transformers import BertConfig
 
 from modeling_xcllama import XCLlamaConfig
+from xcllama.costs import cache_bytes, key_value_bytes
 from xcllama.provenance import age, caption
-from xcllama.publishing.costs import cache_bytes, key_value_bytes
 from xcllama.publishing.model_card import DEFAULT, read_result, scored_runs
 
 ROOT = Path(__file__).resolve().parent.parent

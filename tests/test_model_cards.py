@@ -18,6 +18,7 @@ from dataset_builders.card import render_card
 from modeling_xcllama import XCLlamaConfig, XCLlamaForCausalLM
 from modeling_xcllama.checkpoints import is_added_weights
 from xcllama.models import load_model
+from xcllama.costs import cache_bytes, key_value_bytes, projected_bytes
 from xcllama.publishing.assembling import (
     assemble_adapter,
     assemble_kernel,
@@ -26,7 +27,6 @@ from xcllama.publishing.assembling import (
     load_source,
 )
 from xcllama.publishing.checking import answer, require_equal
-from xcllama.publishing.costs import cache_bytes, key_value_bytes, projected_bytes
 from xcllama.publishing.model_card import (
     CASES,
     DEFAULT,

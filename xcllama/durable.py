@@ -1,12 +1,14 @@
 """Files that appear whole, on disk, or not at all; locks between processes."""
 
 import fcntl
+import json
 import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
+from typing import Any
 
 
 def sync_folder(folder: Path) -> None:
@@ -33,6 +35,17 @@ def durable(path: Path) -> Iterator[FileIO]:
     finally:
         partial.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a whole text file in one move."""
+    with durable(path) as file:
+        file.write(text.encode())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as JSON in one move."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 @contextmanager

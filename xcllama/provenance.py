@@ -16,6 +16,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from xcllama.durable import write_text
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = "results"
 # written by runs and identified by digests of their own, or rendered: no part of the code that is measured
@@ -149,9 +151,7 @@ def write_result(path: str | Path, figures: dict[str, Any], measured: Sequence[s
     require_clean(path)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(_layout({"provenance": provenance(measured, seed), **figures}) + "\n")
-    os.replace(partial, path)
+    write_text(path, _layout({"provenance": provenance(measured, seed), **figures}) + "\n")
 
 
 def _layout(value: Any, indent: str = "") -> str:

@@ -19,6 +19,7 @@ from lm_eval.utils import handle_non_serializable, make_table, setup_logging
 
 import xcllama.evaluation.fusion_in_decoder
 import xcllama.evaluation.model  # noqa: F401  (registers xcllama)
+from xcllama.durable import write_text
 from xcllama.provenance import provenance
 
 # whose code makes the figures
@@ -186,16 +187,10 @@ def _save(config, tracker, merged: dict[str, Any], results: dict[str, Any]) -> N
     written = _results_files(tracker, tracker.date_id)
     if not written:
         raise OSError(f"the results could not be written to `--output_path` {config.output_path!r}.")
-    _rewrite(written[0], merged)
+    text = json.dumps(merged, indent=2, default=handle_non_serializable, ensure_ascii=False)
+    write_text(written[0], text + "\n")
     for stale in _results_files(tracker, before) if before is not None else ():
         stale.unlink(missing_ok=True)
-
-
-def _rewrite(path: Path, results: dict[str, Any]) -> None:
-    """Put `results` into a file in one move."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False) + "\n")
-    os.replace(partial, path)
 
 
 def _results_files(tracker, date_id: str) -> list[Path]:

@@ -7,7 +7,6 @@ OUTPUT/SOURCE-SPLIT/MODEL/{cross, cross_int8, ...}.json      what the run was, a
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 import torch
 
+from xcllama.durable import write_text
 from xcllama.evaluation.metrics import ANSWER_METRICS
 from xcllama.evaluation.questions import Shelf, has_absent, read_questions
 from xcllama.evaluation.reader import Reader, Request
@@ -218,9 +218,7 @@ def _run(method: Method, shelf: Shelf, questions: Sequence, reader: Reader, path
         record |= {"context_tokens": answer.context_tokens, "prompt_tokens": answer.prompt_tokens}
         lines.append(json.dumps(record, ensure_ascii=False) + "\n")
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(lines))
-    os.replace(partial, path.with_suffix(".jsonl"))
+    write_text(path.with_suffix(".jsonl"), "".join(lines))
     config = reader.model.config
     run |= {
         "base": getattr(config, "base_model_name_or_path", None) or config._name_or_path,

@@ -89,13 +89,6 @@ def prefix_cache(model: PreTrainedModel, prefix: Sequence[int]) -> DynamicCache:
     return model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
 
 
-def bytes_per_token(config, itemsize: int) -> int:
-    """Bytes of one token's keys and values in a decoder's own cache."""
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * heads * width * itemsize
-
-
 def shared_prefix(rows: Sequence[Row], limits: Sequence[int]) -> int:
     """How many ids of their prefix all `rows` begin with; of row i at most `limits[i]`."""
     shared = min(len(rows[0].prefix), *limits)

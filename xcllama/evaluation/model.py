@@ -20,6 +20,7 @@ from tqdm import tqdm
 from transformers import AutoProcessor
 
 from modeling_xcllama.checkpoints import find_model, is_added_weights
+from xcllama.costs import key_value_bytes
 from xcllama.evaluation import decoding
 from xcllama.evaluation.contexts import ContextPool, Texts, contexts_of, other_contexts
 from xcllama.evaluation.cost import Cost, measured
@@ -221,7 +222,7 @@ class XCLlamaLM(HFLM):
         return costs
 
     def _bytes_per_token(self) -> int:
-        return decoding.bytes_per_token(self.config, self.model.dtype.itemsize)
+        return key_value_bytes(self.config, self.model.dtype.itemsize)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """See `LM.generate_until`; each answer carries its `cost`."""

@@ -8,6 +8,8 @@ import matplotlib
 matplotlib.use("agg")
 from matplotlib import pyplot
 
+from xcllama.durable import durable
+
 # drawn as lines: they keep no context
 CLOSED_BOOK = ("none", "LoRA / none")
 # the ways to read one right passage; others ask another question of a method
@@ -42,10 +44,9 @@ def draw(summary: dict[str, Any], path: Path) -> None:
             panel.set(title=task, ylabel="token F1", xscale="log", xlabel=label, ylim=(0, None))
             panel.grid(alpha=0.3)
     figure.legend(drawn.values(), drawn, loc="outside lower center", ncols=3, fontsize=7)
-    partial = path.with_name(f".{path.name}.partial")
-    figure.savefig(partial, dpi=120, format="png")
+    with durable(path) as file:
+        figure.savefig(file, dpi=120, format="png")
     pyplot.close(figure)
-    partial.replace(path)
 
 
 def _draw_run(panel, run: dict[str, Any], size: str, color) -> Any:

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from modeling_xcllama import ContextCache, ProjectedContext, XCLlamaProcessor
 from modeling_xcllama.answer_scores import token_scores, unanswerable_probabilities
 from modeling_xcllama.checkpoints import find_model, is_added_weights
-from xcllama.evaluation.decoding import bytes_per_token, pad
+from xcllama.costs import key_value_bytes
+from xcllama.evaluation.decoding import pad
 from xcllama.evaluation.questions import Question
 from xcllama.models import load_model
 
@@ -21,7 +22,6 @@ BATCH_ROWS = 16
 BATCH_TOKENS = 8192
 # passages encoded at a time; the model batches them by length itself
 PASSAGES = 64
-SIXTEEN_BITS = 2
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class Reader:
                 "cache_bytes_per_token": self._caches[cache_dtype].bytes_per_token,
                 "resident_bytes_per_token": self.resident_bytes_per_token,
             }
-        size = bytes_per_token(self.model.config, SIXTEEN_BITS) if reads == "prompt" else None
+        size = key_value_bytes(self.model.config) if reads == "prompt" else None
         return {"cache_bytes_per_token": size, "resident_bytes_per_token": size}
 
     def _prompt(self, question: Question, texts: tuple[str, ...]) -> list[int]:
@@ -169,7 +169,7 @@ class Reader:
         if cache.num_tokens:
             # in 16 bits, whatever it is computed in; rows that share documents count them as often as they read them
             parts = (*projected.keys, *projected.values)
-            size = sum(p.numel() * SIXTEEN_BITS if isinstance(p, Tensor) else p.nbytes for p in parts)
+            size = sum(2 * p.numel() if isinstance(p, Tensor) else p.nbytes for p in parts)
             self.resident_bytes_per_token = size / parts[0].shape[0]
         return projected
 

@@ -9,7 +9,7 @@ from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_res
 
 from dataset_builders import SOURCES
 from modeling_xcllama import XCLlamaConfig
-from xcllama.publishing.costs import cache_bytes, key_value_bytes, projected_bytes
+from xcllama.costs import cache_bytes, key_value_bytes, projected_bytes
 from xcllama.publishing.rendering import render
 
 # base models and encoders whose terms we know: licence, address of its text, what a derivative must say

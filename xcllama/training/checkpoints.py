@@ -9,7 +9,6 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -23,19 +22,13 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from xcllama.durable import write_json
 from xcllama.training.recipe import Recipe, recipe_from_dict
 
 # the main process alone gets what is written; every process gets what it compares with
 _SAVE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
 _COMPARE = StateDictOptions(full_state_dict=True, ignore_frozen_params=True)
 _LOAD = StateDictOptions(full_state_dict=True, ignore_frozen_params=True, strict=False)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` in one move: a reader sees the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(temporary, path)
 
 
 def open_run(folder: Path, recipe: Recipe, resume: bool) -> None:

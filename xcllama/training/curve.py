@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from xcllama.training.checkpoints import write_json
+from xcllama.durable import durable, write_json
 from xcllama.training.loop import read_log
 
 
@@ -42,9 +42,8 @@ def write_curve(logs: list[Path], folder: Path, title: str) -> dict[str, Any]:
     axes.legend()
     axes.grid(alpha=0.3)
     figure.tight_layout()
-    temporary = folder / ".curve.png"
-    figure.savefig(temporary, dpi=120, format="png")
+    with durable(folder / "curve.png") as file:
+        figure.savefig(file, dpi=120, format="png")
     pyplot.close(figure)
-    temporary.replace(folder / "curve.png")
     write_json(folder / "curve.json", curve)
     return curve

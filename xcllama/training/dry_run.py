@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from modeling_xcllama import XCLlamaForCausalLM
 from modeling_xcllama.checkpoints import find_model
 from modeling_xcllama.modeling_xcllama import config_from_decoder
+from xcllama.costs import cache_bytes
 from xcllama.training.build import encoder_options, parameter_counts, train_encoder_layers
 from xcllama.training.recipe import Recipe
 
@@ -47,7 +48,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     }
     bytes_needed["total_without_activations"] = sum(bytes_needed.values()) - bytes_needed["exported"]
     if recipe.method == "cross_attention":
-        bytes_needed["context_cache_per_token"] = _cache_bytes(model.config)
+        bytes_needed["context_cache_per_token"] = round(cache_bytes(model.config))
     return {
         "recipe": recipe.name,
         "digest": recipe.digest,
@@ -82,10 +83,3 @@ def _meta_model(recipe: Recipe) -> torch.nn.Module:
     if encoder is not None:
         train_encoder_layers(model, recipe.model.train_encoder)
     return model
-
-
-def _cache_bytes(config) -> int:
-    """Bytes of a token's states in 16 bits."""
-    if config.cross_attention_share_key_value:
-        return 2 * 2 * config.cross_attention_num_key_value_heads * config.cross_attention_head_dim
-    return 2 * config.context_width

@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import importlib.util
-import os
 import platform
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,8 @@ from torch import nn
 from dataset_builders import NO_ANSWER
 from modeling_xcllama.checkpoints import find_model
 from modeling_xcllama.fingerprint import weights_digest
+from xcllama.durable import write_json, write_text
 from xcllama.training.build import load_processor
-from xcllama.training.checkpoints import write_json
 from xcllama.training.prompts import Prompts
 from xcllama.training.recipe import Recipe
 
@@ -47,8 +46,8 @@ def write_weights(recipe: Recipe, model: nn.Module, target: Path) -> None:
         weight.data = weight.data.float()
     template = load_processor(recipe).tokenizer.chat_template
     if template:
-        _write(target / "chat_template.jinja", template)
-    _write(target / "recipe.yaml", yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True))
+        write_text(target / "chat_template.jinja", template)
+    write_text(target / "recipe.yaml", yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True))
 
 
 def write_record(recipe: Recipe, model: nn.Module, target: Path, step: int, stages: list[dict[str, Any]]) -> None:
@@ -83,9 +82,3 @@ def _base_digest(recipe: Recipe, model: nn.Module) -> str:
 def _versions() -> dict[str, str]:
     installed = [name for name in PACKAGES if importlib.util.find_spec(name) is not None]
     return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in installed}
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text if text.endswith("\n") or path.suffix == ".jinja" else text + "\n")
-    os.replace(temporary, path)

@@ -1,6 +1,7 @@
-"""Bytes a context token costs, measured on one: in the file, resident, and in the decoder's own KV cache."""
+"""Bytes a context token costs: in the file, resident, and in the decoder's own KV cache."""
 
 import torch
+from transformers import PretrainedConfig
 
 from modeling_xcllama import ContextCache, XCLlamaConfig
 
@@ -16,9 +17,11 @@ def cache_bytes(config: XCLlamaConfig, dtype: str = "bfloat16") -> float:
     return (cache if dtype == "bfloat16" else cache.quantize(dtype)).bytes_per_token
 
 
-def key_value_bytes(config: XCLlamaConfig) -> int:
-    """Bytes a token of the decoder's own KV cache in 16 bit."""
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 2
+def key_value_bytes(config: PretrainedConfig, itemsize: int = 2) -> int:
+    """Bytes a token of a decoder's own KV cache, of any family; in 16 bit unless `itemsize` says otherwise."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * heads * width * itemsize
 
 
 def projected_bytes(config: XCLlamaConfig) -> int:
