@@ -1,10 +1,13 @@
-"""From padded token ids to packed states: batches by token budget, windows for long texts."""
+"""From padded token ids to packed states and caches: batches by token budget, windows for long texts."""
 
 from collections.abc import Iterator
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import PreTrainedModel
+
+from .context_cache import ContextCache
 
 # tokens encoded in one batch, padding included
 TOKENS_PER_BATCH = 4096
@@ -124,3 +127,85 @@ def pad_right(sequences: list[Tensor]) -> tuple[Tensor, Tensor]:
     ids = nn.utils.rnn.pad_sequence(sequences, batch_first=True)
     lengths = torch.tensor([len(sequence) for sequence in sequences], device=ids.device)
     return ids, (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]).long()
+
+
+class ContextEncodingMixin:
+    """How an `XCLlamaModel` encodes contexts."""
+
+    def encode_batch(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """States `[num_contexts, length, width]` of right-padded ids."""
+        layers = self.config.context_layers
+        if self.encoder is not None:
+            outputs = self.encoder(
+                input_ids=ids, attention_mask=mask, output_hidden_states=self.config.context_layer is not None
+            )
+            if self.config.context_layer is None:
+                return outputs.last_hidden_state
+            return torch.cat([outputs.hidden_states[layer] for layer in layers], dim=-1)
+        prefix = ids.new_tensor(self.config.context_prefix or [], dtype=ids.dtype).expand(len(ids), -1)
+        ids = torch.cat([prefix, ids], dim=1)
+        positions = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0)
+        # causal and padded on the right: no token that counts ever sees the padding, so no mask is needed
+        with torch.no_grad():
+            states = self._run_layers(self.embed_tokens(ids), None, positions, None, layers, use_cache=False)
+            if layers[-1] == self.config.num_hidden_layers:
+                states[-1] = self.norm(states[-1])
+        return torch.cat(states, dim=-1)[:, prefix.shape[1] :]
+
+    def encode_packed(self, sequences: list[Tensor]) -> Tensor:
+        """States `[num_tokens, width]` of sequences of ids: batches of similar length, windows of long ones."""
+        config = self.config if self.encoder is None else self.config.encoder_config
+        most = num_positions(config) - len(self.config.context_prefix or ())
+        pieces = [(n, span) for n, ids in enumerate(sequences) for span in windows(len(ids), most)]
+        encoded: dict[tuple, Tensor] = {}
+        for batch in batches_by_length([end - start for _, (start, end) in pieces]):
+            ids, mask = pad_right([sequences[pieces[i][0]][slice(*pieces[i][1])] for i in batch])
+            for index, states in zip(batch, self.encode_batch(ids, mask), strict=True):
+                start, end = pieces[index][1]
+                encoded[pieces[index]] = states[: end - start]
+        empty = torch.zeros((0, self.config.context_width), dtype=self.embed_tokens.weight.dtype)
+        return torch.cat([empty.to(sequences[0].device), *(encoded[piece] for piece in pieces)])
+
+    def _encode(self, context_input_ids: Tensor, context_attention_mask: Tensor | None) -> ContextCache:
+        sequences = unpad(context_input_ids.to(execution_device(self.embed_tokens)), context_attention_mask)
+        lengths = [len(sequence) for sequence in sequences]
+        if max(lengths) > self.config.context_max_length:
+            raise ValueError(
+                f"a context has {max(lengths)} tokens, `context_max_length` is {self.config.context_max_length}; "
+                "pass `truncation=True` to the processor, split the text, or raise the limit in the config."
+            )
+        source = self.embed_tokens if self.encoder is None else self.encoder.get_input_embeddings()
+        check_vocabulary(sequences, source.num_embeddings)
+        packed = self.encode_packed(sequences)
+        if packed.numel() and not packed.detach().abs().amax().isfinite():
+            raise ValueError(
+                f"the context states have NaN or infinite values in {packed.dtype}; load the model in float32."
+            )
+        if self.config.cross_attention_share_key_value:
+            key, value = self.context_projections[0](packed)
+            states = {"key": key, "value": value}
+        else:
+            states = {"hidden": packed}
+        token_ids = torch.cat([sequence[:0] for sequence in sequences[:1]] + sequences).int().cpu()
+        return ContextCache(states, tuple(accumulate(lengths, initial=0)), token_ids, self.context_fingerprint())
+
+    @torch.no_grad()
+    def encode_context(self, context_input_ids: Tensor, context_attention_mask: Tensor | None = None) -> ContextCache:
+        """Encode contexts once, for any number of requests.
+
+        Args:
+            context_input_ids: `[num_contexts, length]`, padded on either side.
+            context_attention_mask: the same shape, 0 at padding; None: no padding.
+
+        Returns:
+            A `ContextCache` with one row a context, in the dtype of the model.
+
+        Raises:
+            ValueError: no context, a context longer than `context_max_length`, or states that are not finite.
+        """
+        training = self.training
+        self.eval()
+        try:
+            return self._encode(context_input_ids, context_attention_mask)
+        finally:
+            self.train(training)

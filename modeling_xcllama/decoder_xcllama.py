@@ -1,9 +1,8 @@
-"""XCLlamaModel: the decoder layers with what reads contexts in or between them, and the way from ids to caches."""
+"""XCLlamaModel: the decoder layers with what reads contexts in or between them, and caches as keys and values."""
 
 import copy
 import os
 from collections.abc import Collection
-from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -26,18 +25,7 @@ from .added_modules import keep_added_modules
 from .configuration_xcllama import XCLlamaConfig
 from .context_cache import ContextCache, ProjectedContext
 from .context_checks import ContextChecksMixin
-from .context_encoding import (
-    bare_encoder,
-    batches_by_length,
-    check_sources,
-    check_vocabulary,
-    execution_device,
-    linear_weight,
-    num_positions,
-    pad_right,
-    unpad,
-    windows,
-)
+from .context_encoding import ContextEncodingMixin, bare_encoder, check_sources, execution_device, linear_weight
 from .context_projection import ReadingPlan, by_channel, by_head, project_hidden, rotate_keys, row_positions
 from .cross_attention import resolve_implementation
 from .cross_attention_block import ContextProjection, CrossAttentionBlock
@@ -80,7 +68,7 @@ class XCLlamaPreTrainedModel(LlamaPreTrainedModel):
         super().save_pretrained(save_directory, **kwargs)
 
 
-class XCLlamaModel(ContextChecksMixin, XCLlamaPreTrainedModel, LlamaModel):
+class XCLlamaModel(ContextEncodingMixin, ContextChecksMixin, XCLlamaPreTrainedModel, LlamaModel):
     """The decoder with its cross-attention blocks, and what encodes the contexts."""
 
     def __init__(self, config: XCLlamaConfig):
@@ -311,84 +299,6 @@ class XCLlamaModel(ContextChecksMixin, XCLlamaPreTrainedModel, LlamaModel):
         if context_cache.projections is not self.context_projections:
             raise ValueError("another model projected these keys and values: pass the cache that they came from.")
         return context_cache
-
-    def encode_batch(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """States `[num_contexts, length, width]` of right-padded ids."""
-        layers = self.config.context_layers
-        if self.encoder is not None:
-            outputs = self.encoder(
-                input_ids=ids, attention_mask=mask, output_hidden_states=self.config.context_layer is not None
-            )
-            if self.config.context_layer is None:
-                return outputs.last_hidden_state
-            return torch.cat([outputs.hidden_states[layer] for layer in layers], dim=-1)
-        prefix = ids.new_tensor(self.config.context_prefix or [], dtype=ids.dtype).expand(len(ids), -1)
-        ids = torch.cat([prefix, ids], dim=1)
-        positions = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0)
-        # causal and padded on the right: no token that counts ever sees the padding, so no mask is needed
-        with torch.no_grad():
-            states = self._run_layers(self.embed_tokens(ids), None, positions, None, layers, use_cache=False)
-            if layers[-1] == self.config.num_hidden_layers:
-                states[-1] = self.norm(states[-1])
-        return torch.cat(states, dim=-1)[:, prefix.shape[1] :]
-
-    def encode_packed(self, sequences: list[Tensor]) -> Tensor:
-        """States `[num_tokens, width]` of sequences of ids: batches of similar length, windows of long ones."""
-        config = self.config if self.encoder is None else self.config.encoder_config
-        most = num_positions(config) - len(self.config.context_prefix or ())
-        pieces = [(n, span) for n, ids in enumerate(sequences) for span in windows(len(ids), most)]
-        encoded: dict[tuple, Tensor] = {}
-        for batch in batches_by_length([end - start for _, (start, end) in pieces]):
-            ids, mask = pad_right([sequences[pieces[i][0]][slice(*pieces[i][1])] for i in batch])
-            for index, states in zip(batch, self.encode_batch(ids, mask), strict=True):
-                start, end = pieces[index][1]
-                encoded[pieces[index]] = states[: end - start]
-        empty = torch.zeros((0, self.config.context_width), dtype=self.embed_tokens.weight.dtype)
-        return torch.cat([empty.to(sequences[0].device), *(encoded[piece] for piece in pieces)])
-
-    def _encode(self, context_input_ids: Tensor, context_attention_mask: Tensor | None) -> ContextCache:
-        sequences = unpad(context_input_ids.to(execution_device(self.embed_tokens)), context_attention_mask)
-        lengths = [len(sequence) for sequence in sequences]
-        if max(lengths) > self.config.context_max_length:
-            raise ValueError(
-                f"a context has {max(lengths)} tokens, `context_max_length` is {self.config.context_max_length}; "
-                "pass `truncation=True` to the processor, split the text, or raise the limit in the config."
-            )
-        source = self.embed_tokens if self.encoder is None else self.encoder.get_input_embeddings()
-        check_vocabulary(sequences, source.num_embeddings)
-        packed = self.encode_packed(sequences)
-        if packed.numel() and not packed.detach().abs().amax().isfinite():
-            raise ValueError(
-                f"the context states have NaN or infinite values in {packed.dtype}; load the model in float32."
-            )
-        if self.config.cross_attention_share_key_value:
-            key, value = self.context_projections[0](packed)
-            states = {"key": key, "value": value}
-        else:
-            states = {"hidden": packed}
-        token_ids = torch.cat([sequence[:0] for sequence in sequences[:1]] + sequences).int().cpu()
-        return ContextCache(states, tuple(accumulate(lengths, initial=0)), token_ids, self.context_fingerprint())
-
-    @torch.no_grad()
-    def encode_context(self, context_input_ids: Tensor, context_attention_mask: Tensor | None = None) -> ContextCache:
-        """Encode contexts once, for any number of requests.
-
-        Args:
-            context_input_ids: `[num_contexts, length]`, padded on either side.
-            context_attention_mask: the same shape, 0 at padding; None: no padding.
-
-        Returns:
-            A `ContextCache` with one row a context, in the dtype of the model.
-
-        Raises:
-            ValueError: no context, a context longer than `context_max_length`, or states that are not finite.
-        """
-        training = self.training
-        self.eval()
-        try:
-            return self._encode(context_input_ids, context_attention_mask)
-        finally:
-            self.train(training)
 
     def project_context(self, cache: ContextCache) -> ProjectedContext:
         """Keys and values of every projection for the rows of `cache`; each document is projected once.
