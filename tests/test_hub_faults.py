@@ -243,6 +243,13 @@ def test_a_space_that_cannot_run_is_not_published(tmp_path, monkeypatch):
         publish(release, None, dry_run=True)
 
 
+def test_publishing_without_the_repository_says_so(tmp_path, monkeypatch):
+    """As from a wheel: what is published is in no installed package."""
+    monkeypatch.setattr("xcllama.publishing.publishing.ROOT", tmp_path)
+    with pytest.raises(ValueError, match="publishing needs a clone of the repository"):
+        publish(Release("model", "tester", "v1"), None, dry_run=True)
+
+
 @pytest.mark.parametrize(
     ("breakage", "message"),
     [

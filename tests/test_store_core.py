@@ -81,13 +81,9 @@ def test_states_at_rest_in_other_dtypes(tmp_path, model, dtype):
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    st.dictionaries(st.text(min_size=1, max_size=12).filter(lambda s: s.isprintable() or True), st.text(max_size=40))
-)
+# `text` draws any Unicode but halves of surrogate pairs
+@given(st.dictionaries(st.text(min_size=1, max_size=12), st.text(max_size=40)))
 def test_ids_and_texts_of_any_unicode(tmp_path_factory, documents):
-    documents = {
-        name: text for name, text in documents.items() if not any(0xD800 <= ord(c) < 0xE000 for c in name + text)
-    }
     model = TableModel()
     with whole_store(tmp_path_factory.mktemp("u"), model, namespace="näme/space ..") as store:
         store.add(documents.keys(), documents.values())

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from dataset_builders import NO_ANSWER
 from dataset_builders.tasks import PASSAGE_TASKS, cloze, completion, infilling, phrases, sentences
-from xcllama.training.answer_spans import answer_places
+from xcllama.training.collator import answer_places
 from xcllama.training.examples import BUCKET_STEPS, ExamplePlan
 from xcllama.training.passages import Passage, Question
 from xcllama.training.recipe import recipe_from_dict

@@ -242,6 +242,22 @@ def test_the_command_reports_bad_input_in_one_line(make_recipe, tmp_path):
     assert "Traceback" not in done.stderr
 
 
+def assert_threshold_belongs_to_weights(recipe: Recipe, model, run_folder: Path, target: Path) -> None:
+    """Exported again, the same weights keep their `answer_threshold`, others lose it."""
+    config = target / "config.json"
+    before = json.loads(config.read_text())
+    config.write_text(json.dumps(before | {"answer_threshold": 0.25}))
+    export_model(recipe, model, run_folder, target)
+    assert json.loads(config.read_text()) == before | {"answer_threshold": 0.25}
+    (name, weight), *_ = model.added_parameters()
+    kept = weight.detach().clone()
+    weight.data.mul_(2)
+    export_model(recipe, model, run_folder, target)
+    assert json.loads(config.read_text()).get("answer_threshold") is None, name
+    weight.data.copy_(kept)
+    export_model(recipe, model, run_folder, target)
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 def test_export_holds_what_a_reader_needs(make_recipe, precision, tmp_path):
     run = {"evaluate_steps": 6, "evaluate_questions": 4, "log_steps": 2}
@@ -275,6 +291,7 @@ def test_export_holds_what_a_reader_needs(make_recipe, precision, tmp_path):
     assert model.base_digest() in card
     assert {tensor.dtype for tensor in load_file(target / "cross_attention.safetensors").values()} == {torch.bfloat16}
     assert json.loads((target / "config.json").read_text())["dtype"] == "bfloat16"
+    assert_threshold_belongs_to_weights(recipe, model, tmp_path / "run", target)
     assert recipe_from_dict(yaml.safe_load((target / "recipe.yaml").read_text())).digest == recipe.digest
     assert equal(dict(load_run(recipe, tmp_path / "run").added_parameters()), unrounded)
     fresh = build_model(recipe)

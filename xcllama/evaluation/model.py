@@ -25,7 +25,6 @@ from xcllama.evaluation import decoding
 from xcllama.evaluation.contexts import ContextPool, Texts, contexts_of, other_contexts
 from xcllama.evaluation.cost import Cost, measured
 from xcllama.evaluation.decoding import Row
-from xcllama.evaluation.prompts import SEPARATOR, joined_contexts, split_prompt
 from xcllama.models import load_model
 
 logger = logging.getLogger(__name__)
@@ -33,6 +32,10 @@ logger = logging.getLogger(__name__)
 CONTEXT_MODES = ("cross", "cross_shuffled", "prompt", "prompt_kv", "none")
 CROSS_MODES = ("cross", "cross_shuffled")
 PROMPT_MODES = ("prompt", "prompt_kv")
+
+
+# between contexts in a prompt, as the LoRA-prompt baseline is trained
+SEPARATOR = "\n\n"
 
 
 @register_model("xcllama")
@@ -358,3 +361,24 @@ class XCLlamaLM(HFLM):
         if self.context_mode in CROSS_MODES:
             info["added_digest"] = self.model.added_digest()
         return info | (self.pool.summary() if self.pool is not None else {})
+
+
+def joined_contexts(texts: tuple[str, ...]) -> str:
+    """The contexts as they stand in a prompt, up to the question."""
+    return "".join(text + SEPARATOR for text in texts)
+
+
+def split_prompt(prompt: str, request: Instance) -> tuple[str, str]:
+    """`prompt` cut in front of the document's question, where the contexts go.
+
+    Raises:
+        ValueError: the document has no question, or the prompt does not hold it.
+    """
+    question = request.doc.get("question") or ""
+    place = prompt.rfind(question) if question else -1
+    if place < 0:
+        raise ValueError(
+            f"the prompt of document {request.doc_id} of task {request.task_name!r} does not hold its `question` "
+            f"({question[:60]!r}), so there is no place for its contexts; use context_mode=none or another task."
+        )
+    return prompt[:place], prompt[place:]

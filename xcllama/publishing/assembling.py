@@ -17,6 +17,7 @@ from modeling_xcllama import ContextQuestionAnsweringPipeline, XCLlamaForCausalL
 from modeling_xcllama.checkpoints import find_model, is_added_weights
 from modeling_xcllama.fingerprint import weights_digest
 from xcllama.models import load_model
+from xcllama.provenance import ROOT
 from xcllama.publishing import checking
 from xcllama.publishing.checking import answer, require_equal, run_clean
 from xcllama.publishing.model_card import (
@@ -33,7 +34,6 @@ from xcllama.publishing.running_space import ask, served_clean
 from xcllama.store import ContextStore
 from xcllama.store.manifest import render_card as render_context_card
 
-ROOT = Path(__file__).resolve().parents[2]
 TEXT = "The lighthouse of Skerrow was designed by Margaret Hale and finished in August 1838."
 QUESTION = "Who designed the lighthouse?"
 # of a corpus, compared in a clean process

@@ -10,8 +10,8 @@ from tempfile import TemporaryDirectory
 
 from huggingface_hub import HfApi
 
+from xcllama.provenance import ROOT
 from xcllama.publishing import assembling
-from xcllama.publishing.assembling import ROOT
 from xcllama.publishing.model_card import DEFAULT, is_adapter
 from xcllama.publishing.uploading import Changes, Target, check_rights, compare, files_of, upload
 
@@ -151,6 +151,11 @@ def publish(release: Release, output: Path | None, dry_run: bool) -> None:
     Raises:
         ValueError: anything that stands in the way; nothing was sent before all of it was looked at.
     """
+    if not (ROOT / "pyproject.toml").is_file():
+        raise ValueError(
+            f"publishing needs a clone of the repository (licence, kernels, Space, figures), {ROOT} is none; "
+            "clone it, and there `pip install -e '.[publish]'`."
+        )
     api, refused = HfApi(), None
     targets = [release.target(kind, repo_id) for kind, repo_id, _ in release.jobs]
     try:

@@ -1,13 +1,13 @@
 """Examples -> tensors: token ids, which tokens are targets, and the context that each row reads."""
 
 import random
+import re
 from collections.abc import Sequence
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from xcllama.training.answer_spans import answer_places
 from xcllama.training.batch import Batch
 from xcllama.training.examples import Example
 from xcllama.training.prompts import Prompts
@@ -123,3 +123,27 @@ class Collator:
         hidden = torch.rand(length, generator=generator) < self.context_dropout
         hidden[0] = False
         return (~hidden).nonzero().squeeze(-1)
+
+
+Offsets = list[tuple[int, int]]
+
+
+def answer_places(answer: str, answer_offsets: Offsets, passage: str, offsets: Offsets) -> list[list[int]]:
+    """For each token of an answer, the tokens of a passage that hold its characters, wherever the answer stands.
+
+    Args:
+        answer_offsets, offsets: first character of each token of the answer and of the passage, and the one after
+            its last.
+
+    Returns:
+        A list for each token of the answer, empty where the passage does not hold the answer as whole words.
+    """
+    found = [match.start() for match in re.finditer(rf"(?<!\w){re.escape(answer)}(?!\w)", passage, re.IGNORECASE)]
+    return [
+        [
+            index
+            for index, (first, last) in enumerate(offsets)
+            if any(first < place + end and place + start < last for place in found)
+        ]
+        for start, end in answer_offsets
+    ]

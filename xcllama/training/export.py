@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from modeling_xcllama.modeling_xcllama import WEIGHTS_NAME
+from xcllama.durable import write_json
 from xcllama.training.build import load_processor, parameter_counts
 from xcllama.training.checkpoints import checkpoints
 from xcllama.training.curve import write_curve
@@ -22,8 +24,17 @@ from xcllama.training.run import held_out_collator
 
 
 def export_model(recipe: Recipe, model: nn.Module, run_folder: Path, target: Path) -> None:
-    """Write the trained weights, see `write_weights`, their curve and record to `target`."""
+    """Write the trained weights, see `write_weights`, their curve and record to `target`.
+
+    An `answer_threshold` that `target` has already stays where the weights are the same: it was fitted to their
+    scores. Other weights have none until `xcllama eval compare --store-threshold` fits one.
+    """
+    weights, config = target / WEIGHTS_NAME, target / "config.json"
+    before = weights.read_bytes() if weights.is_file() else None
+    threshold = json.loads(config.read_text()).get("answer_threshold") if before is not None else None
     write_weights(recipe, model, target)
+    if threshold is not None and weights.read_bytes() == before:
+        write_json(config, json.loads(config.read_text()) | {"answer_threshold": threshold})
     folders = stages(run_folder)
     write_curve([folder / "log.jsonl" for folder in folders], target, recipe.name)
     write_record(recipe, model, target, _step(run_folder), [_stage(folder) for folder in folders])
