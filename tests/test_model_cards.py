@@ -17,8 +17,8 @@ from dataset_builders import SOURCES
 from dataset_builders.card import render_card
 from modeling_xcllama import XCLlamaConfig, XCLlamaForCausalLM
 from modeling_xcllama.checkpoints import is_added_weights
-from xcllama.models import load_model
 from xcllama.costs import cache_bytes, key_value_bytes, projected_bytes
+from xcllama.models import load_model
 from xcllama.publishing.assembling import (
     assemble_adapter,
     assemble_kernel,
