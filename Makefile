@@ -61,9 +61,11 @@ space: models
 
 # on two quiet cores: 20 minutes, and under 5
 bench: models
+	$(BIN)/pip install -q -c constraints.txt -e ".[bench]"
 	$(BIN)/python scripts/benchmark.py
 
 bench-quick: models
+	$(BIN)/pip install -q -c constraints.txt -e ".[bench]"
 	$(BIN)/python scripts/benchmark.py --quick --results runs/benchmark_quick/benchmark.json --plots runs/benchmark_quick
 
 lint: .venv/.installed

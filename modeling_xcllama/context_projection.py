@@ -99,11 +99,6 @@ def by_head(states: Tensor) -> Tensor:
     return states.transpose(0, 1).contiguous().transpose(0, 1)
 
 
-def by_channel(states: Tensor) -> Tensor:
-    """`[num_tokens, kv_heads, head_dim]` laid out channel by channel: products of few queries read it fastest."""
-    return states.permute(1, 2, 0).contiguous().permute(2, 0, 1)
-
-
 def _project_fused(hidden: QuantizedTensor, projection: nn.Module) -> tuple[Tensor, Tensor]:
     norm = {}
     if projection.norm is not None:

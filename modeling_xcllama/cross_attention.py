@@ -18,8 +18,12 @@ from torch.nn import functional
 from transformers.utils import logging
 
 from .decoding_speed import onednn_products
+from .wide_products import has_native_products
 
 logger = logging.get_logger(__name__)
+
+# what `scaled_dot_product_attention` runs on a CPU; by itself it gives the log of the normalizer, too
+_FLASH_ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 # tokens dequantized at a time
 BLOCK_TOKENS = 2048
@@ -147,9 +151,10 @@ def _attend_products(query: Tensor, key: Tensor, value: Tensor, scale: float) ->
 
 
 def _few_on_cpu(query: Tensor) -> bool:
-    """Whether `query` is a step or a question in bfloat16 on a CPU: flash attention takes twice as long there."""
+    """Whether a step or a question is read in native bfloat16 on a CPU: flash attention takes twice as long."""
     small = query.shape[1] <= PRODUCT_QUERIES and query.dtype == torch.bfloat16 and query.device.type == "cpu"
-    return small and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    here = small and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return here and has_native_products(query.dtype)
 
 
 def _attend_sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -174,6 +179,14 @@ def attend_with_lse(query: Tensor, key: Tensor, value: Tensor, scale: float, mas
         scores = scores + mask
     normalizer = scores.logsumexp(-1, keepdim=True)
     return (scores - normalizer).exp().to(value.dtype) @ value, normalizer
+
+
+def _attend_flash(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """As `attend_with_lse`; no gradient reaches it through the normalizer."""
+    # it reads whole heads, whatever the strides say
+    query, key, value = (part if part.stride(-1) == 1 else part.contiguous() for part in (query, key, value))
+    output, normalizer = _FLASH_ON_CPU(query[None], key[None], value[None], scale=scale)
+    return output[0], normalizer[0, ..., None]
 
 
 def _attend_quantized(query: Tensor, key, value, scale: float) -> tuple[Tensor, Tensor]:
@@ -242,7 +255,9 @@ def cross_attention_with_lse(
         The output, and float32 `[batch, query_len, num_heads, 1]`, -inf for a row without a context.
     """
     if implementation != "triton":
-        return _over_groups(attend_with_lse, query, key, value, rows, scale)
+        flash = implementation == "sdpa" and query.device.type == "cpu" and not torch.is_grad_enabled()
+        attend = _attend_flash if flash and not _few_on_cpu(query) else attend_with_lse
+        return _over_groups(attend, query, key, value, rows, scale)
     output, lse = _by_kernels("cross_attention_with_lse", query, key, value, rows, scale)
     return output, lse.transpose(1, 2).unsqueeze(-1)
 

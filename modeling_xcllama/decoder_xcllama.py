@@ -26,7 +26,7 @@ from .configuration_xcllama import XCLlamaConfig
 from .context_cache import ContextCache, ProjectedContext
 from .context_checks import ContextChecksMixin
 from .context_encoding import ContextEncodingMixin, bare_encoder, check_sources, execution_device, linear_weight
-from .context_projection import ReadingPlan, by_channel, by_head, project_hidden, rotate_keys, row_positions
+from .context_projection import ReadingPlan, by_head, project_hidden, rotate_keys, row_positions
 from .cross_attention import resolve_implementation
 from .cross_attention_block import ContextProjection, CrossAttentionBlock
 from .fingerprint import KeptDigest
@@ -345,8 +345,7 @@ class XCLlamaModel(ContextEncodingMixin, ContextChecksMixin, XCLlamaPreTrainedMo
             if self.cross_rotary_emb is not None:
                 key = rotate_keys(key, row_positions(plan.rows.offsets), self.cross_rotary_emb)
             if "hidden" in states and implementation != "triton":
-                lay_out = by_channel if self.config.reads_jointly else by_head
-                key, value = lay_out(key), lay_out(value)
+                key, value = by_head(key), by_head(value)
             keys.append(key)
             values.append(value)
         # decided here, not in `forward`: steps are compiled

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 from benchmark_batches import measure_batch, measure_encoding, measure_lookup
+from benchmark_peer import is_available, measure_peer
 from benchmark_plots import draw
 from benchmark_ratios import ratios
 from benchmark_requests import Requests
@@ -36,6 +37,7 @@ def parts(models: Models, arguments: argparse.Namespace) -> dict[str, Callable[[
     aimed = 2048 if quick else 4096
     found = {f"context_{aimed}": partial(one_request, models, arguments, aimed)}
     found |= batch_parts(models, (512,), (8, 32)) if quick else batch_parts(models, (aimed,), (1, 32, 8))
+    found[f"peer_{aimed}"] = partial(peer, models, arguments, aimed)
     found["encoding"] = partial(measure_encoding, models, 16 if quick else 32, 2)
     found["context_lookup"] = partial(measure_lookup, models, aimed, 2 if quick else 3)
     if not quick:
@@ -43,6 +45,7 @@ def parts(models: Models, arguments: argparse.Namespace) -> dict[str, Callable[[
         found[f"compiled_{aimed}"] = partial(compiled, models, arguments, aimed)
     others = (512,) if quick else (512, 2048, 8192)
     found |= {f"context_{length}": partial(one_request, models, arguments, length) for length in others}
+    found |= {f"peer_{length}": partial(peer, models, arguments, length) for length in others}
     return found if quick else found | batch_parts(models, others, (1, 8, 32))
 
 
@@ -68,6 +71,14 @@ def one_request(models: Models, arguments: argparse.Namespace, length: int) -> d
             "peaks": requests.peaks(),
             "encode_seconds": requests.encode_seconds(),
         }
+
+
+def peer(models: Models, arguments: argparse.Namespace, length: int) -> dict | str:
+    """llama.cpp at `length`, or a word that it is not there."""
+    if not is_available():
+        return "skipped: llama.cpp is not installed (pip install xllamacpp)"
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        return measure_peer(models, length, Path(folder), 2 if arguments.quick else 3)
 
 
 def compiled(models: Models, arguments: argparse.Namespace, length: int) -> dict:

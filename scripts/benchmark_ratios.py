@@ -1,5 +1,7 @@
 """Every figure of the benchmark as a ratio to its alternatives and to the limit, with the targets where there are."""
 
+from benchmark_peer import peer_ratios
+
 LAYOUTS = ("hidden", "condensed")
 
 
@@ -11,6 +13,8 @@ def ratios(results: dict) -> dict[str, dict]:
     for name, part in results.items():
         if name.startswith("context_") and "requests" in part:
             found |= request_ratios(part, int(name.split("_")[1]), results["limits"])
+        if name.startswith("peer_") and isinstance(part, dict):
+            found |= peer_ratios(part, int(name.split("_")[1]))
     found |= batch_ratios(results)
     if encoding := results.get("encoding"):
         rates, limits = encoding["tokens_per_second"], results["limits"]

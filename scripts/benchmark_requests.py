@@ -191,13 +191,13 @@ class Requests:
         return found
 
     def cross_attention(self, steps: int = 6) -> dict:
-        """Seconds of a decoding step on the context: with ready keys and values, and projecting them each time."""
-        model, entered, left = self.models.hidden, [], []
+        """Seconds of the paper's blocks in a step: with ready keys and values, and projecting them each time."""
+        model, entered, left = self.models.paper, [], []
         handles = []
         for block in model.model.cross_attention_blocks:
             handles.append(block.register_forward_pre_hook(lambda *_: entered.append(time.perf_counter())))
             handles.append(block.register_forward_hook(lambda *_: left.append(time.perf_counter())))
-        cache, found = self.caches["hidden 16-bit"], {"projected once": [], "projected at every step": []}
+        cache, found = self.caches["paper 16-bit"], {"projected once": [], "projected at every step": []}
         projected = model.project_context(cache)
         past = DynamicCache(config=model.config)
 

@@ -28,9 +28,9 @@ class Products(TorchDispatchMode):
 
 
 @pytest.fixture(params=["xcllama", "joint"])
-def half_model(request, make_model):
+def half_model(request, make_sharp_model):
     options = {"cross_attention_mode": "joint"} if request.param == "joint" else {}
-    return make_model(**options).to(torch.bfloat16).eval()
+    return make_sharp_model(**options).to(torch.bfloat16).eval()
 
 
 @pytest.fixture
