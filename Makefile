@@ -87,7 +87,7 @@ kernels-inspect: .venv/.installed
 
 # hours on one core: (a) in three stages, then (b) and (c) out of it; an interrupted run goes on where it stopped
 train-small: models
-	for name in lora-prompt xc-smollm2-135m-joint xc-smollm2-135m-joined xc-smollm2-135m \
+	for name in lora-prompt xc-smollm2-135m-joint xc-smollm2-135m \
 			xc-smollm2-135m-block-short xc-smollm2-135m-block-joined xc-smollm2-135m-block \
 			xc-smollm2-135m-condensed-short xc-smollm2-135m-condensed-joined xc-smollm2-135m-condensed \
 			xc-enc-minilm-short xc-enc-minilm-repeated xc-enc-minilm-drawn xc-enc-minilm; do \

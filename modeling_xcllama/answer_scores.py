@@ -36,30 +36,9 @@ def token_scores(
     return [row[:length].float().cpu() for row, length in zip(scores, lengths, strict=True)]
 
 
-def unanswerable_probabilities(model: PreTrainedModel, outputs: GenerateOutput) -> list[float]:
-    """For each row, how probable it was that its answer starts as "the contexts hold none" does.
-
-    Zeros for a model that was not trained to say so: its config has no `unanswerable_token_id`.
-
-    Args:
-        model, outputs: as in `token_scores`.
-    """
-    token, rows = getattr(model.config, "unanswerable_token_id", None), len(outputs.sequences)
-    if token is None:
-        return [0.0] * rows
-    # the beams of a row start alike
-    first = outputs.scores[0][:: len(outputs.scores[0]) // rows]
-    return first.float().softmax(-1)[:, token].tolist()
-
-
-def answer_score(scores: Tensor, unanswerable: float = 0.0) -> float:
-    """The score of an answer, in [0, 1].
-
-    Args:
-        scores: log-probabilities of its tokens, its end included: their geometric mean counts.
-        unanswerable: probability that the contexts hold no answer, see `unanswerable_probabilities`.
-    """
-    return float(scores.mean().exp()) * (1 - unanswerable)
+def answer_score(scores: Tensor) -> float:
+    """The score of an answer, in [0, 1]: the geometric mean of the probabilities of its tokens, its end included."""
+    return float(scores.mean().exp())
 
 
 def is_found(score: float, threshold: float | None) -> bool:
@@ -85,10 +64,9 @@ def judge(
         "answer", "score", and "found": False where the score is below the config's `answer_threshold`.
     """
     written = outputs.sequences[:, prompt_length:]
-    parts = token_scores(model, outputs, end_tokens), unanswerable_probabilities(model, outputs)
     judged = []
-    for ids, scores, unanswerable in zip(written, *parts, strict=True):
-        score = answer_score(scores, unanswerable)
+    for ids, scores in zip(written, token_scores(model, outputs, end_tokens), strict=True):
+        score = answer_score(scores)
         found = is_found(score, model.config.answer_threshold)
         judged.append({"answer": decode(ids[: len(scores)]).strip(), "score": score, "found": found})
     return judged

@@ -51,8 +51,6 @@ class XCLlamaConfig(LlamaConfig):
         context_max_length: most tokens of one context.
         answer_threshold: answers with a lower score (geometric mean of their tokens' probabilities) are declined by
             the pipeline and what else answers users; None: none is.
-        unanswerable_token_id: first token of the answer that the model was trained to give where the contexts hold
-            none; the more probable it is, the lower is the score of any other; None: it was not trained so.
         context_fingerprint: of the saved weights, for readers of the file: the model computes its own.
         template_version: version of the processor's context template.
         sliding_window: window of the decoder's self-attention (Mistral), None: full.
@@ -89,7 +87,6 @@ class XCLlamaConfig(LlamaConfig):
     context_prefix: list[int] | None = None
     context_max_length: int = 131072
     answer_threshold: int | float | None = None
-    unanswerable_token_id: int | None = None
     context_fingerprint: str | None = None
     template_version: str = "1"
     sliding_window: int | None = None
@@ -227,9 +224,6 @@ class XCLlamaConfig(LlamaConfig):
             raise ValueError(f"`cross_attention_dropout` must be in [0, 1), got {self.cross_attention_dropout}.")
         if self.answer_threshold is not None and not 0 <= self.answer_threshold <= 1:
             raise ValueError(f"`answer_threshold` must be in [0, 1] or None, got {self.answer_threshold}.")
-        token = self.unanswerable_token_id
-        if token is not None and not 0 <= token < self.vocab_size:
-            raise ValueError(f"`unanswerable_token_id` must lie in [0, {self.vocab_size - 1}] or None, got {token}.")
         if self.context_max_length < 1:
             raise ValueError(f"`context_max_length` must be positive, got {self.context_max_length}.")
         if self.sliding_window is not None and self.sliding_window < 1:

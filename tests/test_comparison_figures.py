@@ -23,7 +23,7 @@ F1 = {
 
 
 def record(index: int, f1: float, scores: list[float]) -> dict:
-    quality = dict.fromkeys(tables.QUALITY, f1) | {"id": str(index), "token_scores": scores, "unanswerable": 0.0}
+    quality = dict.fromkeys(tables.QUALITY, f1) | {"id": str(index), "token_scores": scores}
     return quality | {"context_tokens": 10 + index, "prompt_tokens": 20}
 
 
@@ -102,8 +102,8 @@ def test_not_in_text_by_hand():
     absent = [record(0, 0.0, [-0.3, -0.3]), record(1, 0.0, [-0.6, -4.0])]
     found = not_in_text(right, absent, threshold=0.5)
     # question 2 has no passage that does not answer it: -0.1 above both, -1.75 above -2.3 alone
-    assert [found["auroc"][name]["value"] for name in ("score", "minimum", "first")] == [0.75, 0.75, 0.75]
-    assert found["auroc"]["score"]["documents"] == 2
+    assert [found["auroc"][name]["value"] for name in ("mean", "minimum", "first")] == [0.75, 0.75, 0.75]
+    assert found["auroc"]["mean"]["documents"] == 2
     # exp(-0.3) is above a half, exp(-2.3) below; of the right ones exp(-1.75) is
     assert found["declined"]["value"] == 0.5
     assert found["answerable_lost"]["value"] == pytest.approx(1 / 3)

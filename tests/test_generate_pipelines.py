@@ -93,24 +93,6 @@ def test_answers_and_scores(model, processor, answering):
     assert answering(questions, context_cache=model.project_context(result["cache"])) == result
 
 
-@pytest.mark.parametrize("num_beams", [1, 2])
-def test_what_may_be_unanswerable_scores_lower(model, processor, answering, monkeypatch, num_beams):
-    questions, texts = ["what is the capital ?", "where is the river ?"], [FRANCE, ITALY]
-    before = answering(questions, contexts=texts, num_beams=num_beams)["answers"]
-    token = len(WORDS) // 2
-    monkeypatch.setattr(model.config, "unanswerable_token_id", token)
-    after = answering(questions, contexts=texts, num_beams=num_beams)["answers"]
-    for question, text, old, new in zip(questions, texts, before, after, strict=True):
-        context = dict(zip(("context_input_ids", "context_attention_mask"),
-                           processor(contexts=[text], return_tensors="pt").values(), strict=True))  # fmt: skip
-        ids = processor(text=question, return_tensors="pt")["input_ids"]
-        probability = model(ids, **context).logits[0, -1].softmax(-1)[token].item()
-        assert probability > 1e-4
-        assert new["score"] == pytest.approx(old["score"] * (1 - probability), rel=1e-3)
-    with pytest.raises(ValueError, match=r"`unanswerable_token_id` must lie in \[0, "):
-        XCLlamaConfig(vocab_size=64, unanswerable_token_id=64)
-
-
 def test_equal_texts_are_encoded_once(answering):
     cache = answering(["what is France ?", "what is Italy ?"], contexts=[[FRANCE, ITALY], [FRANCE]])["cache"]
     assert len(cache.offsets) == 3

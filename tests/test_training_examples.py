@@ -6,7 +6,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dataset_builders import NO_ANSWER
 from dataset_builders.tasks import PASSAGE_TASKS, cloze, completion, infilling, phrases, sentences
 from xcllama.training.collator import answer_places
 from xcllama.training.examples import BUCKET_STEPS, ExamplePlan
@@ -128,24 +127,6 @@ def test_distractors_are_other_passages_of_the_same_forward_pass():
         assert all(set(example.passages) <= owned for group in step for example in group)
     # the right passage has no fixed place
     assert len({example.passages.index(example.own) for example in examples}) > 2
-
-
-def test_unanswerable_questions_read_another_section_of_the_same_document():
-    texts = [f"{PASSAGE} {name}" for name in ("First", "Second", "Third")]
-    asked = [Question(f"Who wrote {i}?", "Nobody Here", "drop") for i in range(3)]
-    found = [Passage(text, "drop", [question], "tale", text) for text, question in zip(texts, asked, strict=True)]
-    alone = Passage("Another text altogether.", "drop", [Question("Why?", "First", "drop")], "other", "other")
-    plan = ExamplePlan([*found, alone], recipe(tasks={"answer": 1}, distractors=2, unanswerable=0.5))
-    examples = [example for number in range(16) for group in plan.step(number) for example in group]
-    absent = [example for example in examples if example.own not in example.passages]
-    assert 0.3 < len(absent) / len(examples) < 0.7
-    for example in examples:
-        assert (example.answer == NO_ANSWER) == (example.own not in example.passages)
-    tales = [example for example in absent if example.own < 3 and len(example.passages) == 1]
-    assert tales
-    assert all(example.passages[0] < 3 for example in tales)
-    # the answer of the fourth stands in the first passage
-    assert all(0 not in example.passages for example in absent if example.own == 3)
 
 
 def test_answers_without_a_question_are_refused():

@@ -1,6 +1,5 @@
 """Losses and gradients against plain ones, for every method and layout; states and starts."""
 
-import dataclasses
 from pathlib import Path
 
 import pytest
@@ -221,18 +220,6 @@ def test_distillation_adds_divergence_and_distance_from_the_teacher(make_recipe)
     # held-out losses need no teacher
     held_out = Objective(student.model, recipe, teacher).eval()(batch)
     torch.testing.assert_close(held_out.objective, held_out.answer)
-
-
-def test_rows_without_their_passage_have_no_teacher(make_recipe):
-    section = {"weight": 1.0, "hidden_weight": 0.5, "hidden_layers": [1, 2]}
-    batch, student, teacher, recipe = distilled(make_recipe, **section)
-    objective = Objective(student.model, recipe, teacher).train()
-    every, none = objective(batch), objective(dataclasses.replace(batch, own=(None,) * len(batch.own)))
-    torch.testing.assert_close(none.objective, none.answer)
-    one = [objective(dataclasses.replace(batch, own=tuple(passage if row == kept else None for row, passage in
-           enumerate(batch.own)))) for kept in range(len(batch.own))]  # fmt: skip
-    parts = sum(losses.objective - losses.answer for losses in one)
-    torch.testing.assert_close(parts, every.objective - every.answer, rtol=1e-4, atol=1e-4)
 
 
 def test_stored_states_are_computed_once(make_recipe, tmp_path):

@@ -214,7 +214,6 @@ def _run(method: Method, shelf: Shelf, questions: Sequence, reader: Reader, path
         record = {"id": request.question.id, "question": request.question.question, "answers": accepted}
         record |= {"prediction": answer.text, **scores, "answer_loss": answer.loss}
         record |= {"token_scores": [round(score, 5) for score in answer.token_scores]}
-        record |= {"unanswerable": round(answer.unanswerable, 6)}
         record |= {"context_tokens": answer.context_tokens, "prompt_tokens": answer.prompt_tokens}
         lines.append(json.dumps(record, ensure_ascii=False) + "\n")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 """How well the score of an answer tells passages that answer a question from passages of the same article that do not.
 
-A record's answer is given or declined by `answer_score`; its parts and other summaries of its tokens' probabilities
-stand beside it, so that the choice among them, made on dev, can be looked at.
+A record's answer is given or declined by `answer_score`; the other summaries of its tokens' probabilities stand beside
+it, so that the choice among them, made on dev, can be looked at.
 """
 
 import json
@@ -20,19 +20,16 @@ MOST_LOST = 0.10
 
 Record = dict[str, Any]
 
+CANDIDATES: dict[str, Callable[[Sequence[float]], float]] = {
+    "mean": np.mean,
+    "minimum": np.min,
+    "first": lambda scores: scores[0],
+}
+
 
 def record_score(record: Record) -> float:
     """The score of a record's answer, as whatever declines answers computes it."""
-    return answer_score(torch.tensor(record["token_scores"]), record["unanswerable"])
-
-
-CANDIDATES: dict[str, Callable[[Record], float]] = {
-    "score": record_score,
-    "answerable": lambda record: -record["unanswerable"],
-    "mean": lambda record: np.mean(record["token_scores"]),
-    "minimum": lambda record: np.min(record["token_scores"]),
-    "first": lambda record: record["token_scores"][0],
-}
+    return answer_score(torch.tensor(record["token_scores"]))
 
 
 def threshold_of(scores: Sequence[float], most_lost: float = MOST_LOST) -> float:
@@ -67,7 +64,7 @@ def not_in_text(right: Sequence[Record], absent: Sequence[Record], threshold: fl
     ids = sorted(answered.keys() & others.keys())
     found = {}
     for name, summary in CANDIDATES.items():
-        pair = ([summary(records[i]) for i in ids] for records in (answered, others))
+        pair = ([summary(records[i]["token_scores"]) for i in ids] for records in (answered, others))
         found[name] = bootstrap.auroc(*pair).as_dict()
     scores = [record_score(record) for record in right]
     chosen_here = threshold is None

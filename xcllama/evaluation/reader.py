@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from modeling_xcllama import ContextCache, ProjectedContext, XCLlamaProcessor
-from modeling_xcllama.answer_scores import token_scores, unanswerable_probabilities
+from modeling_xcllama.answer_scores import token_scores
 from modeling_xcllama.checkpoints import find_model, is_added_weights
 from xcllama.costs import key_value_bytes
 from xcllama.evaluation.decoding import pad
@@ -39,7 +39,6 @@ class Answer:
     Args:
         text: the first line of the greedy answer.
         token_scores: log-probabilities of its tokens, the end included.
-        unanswerable: probability with which it starts to say that the contexts hold none.
         loss: mean over the tokens of the reference answer, the end included.
         context_tokens: that were read, in the cache or in the prompt.
         prompt_tokens: that were prefilled, contexts in the prompt included.
@@ -47,7 +46,6 @@ class Answer:
 
     text: str
     token_scores: tuple[float, ...]
-    unanswerable: float
     loss: float
     context_tokens: int
     prompt_tokens: int
@@ -124,8 +122,8 @@ class Reader:
             references = [self._answer_ids(requests[i].question.answers[0]) for i in batch]
             context = None if cache is None else self._project(cache.select(batch))
             found = self._batch([prompts[i] for i in batch], references, context)
-            for i, answer in zip(batch, found, strict=True):
-                answers[i] = Answer(*answer, tokens[i], len(prompts[i]))
+            for i, (text, scores, loss) in zip(batch, found, strict=True):
+                answers[i] = Answer(text, scores, loss, tokens[i], len(prompts[i]))
         return answers
 
     def bytes_per_token(self, reads: str, cache_dtype: str = "bfloat16") -> dict[str, float | None]:
@@ -176,8 +174,8 @@ class Reader:
     @torch.no_grad()
     def _batch(
         self, prompts: list[list[int]], references: list[list[int]], context: ProjectedContext | None
-    ) -> list[tuple[str, tuple[float, ...], float, float]]:
-        """The first fields of `Answer` for each row; the prompts are prefilled once for both."""
+    ) -> list[tuple[str, tuple[float, ...], float]]:
+        """(text, token scores, loss) of each row; the prompts are prefilled once for both."""
         ids, mask = pad(prompts, self.pad_token_id, "left", self.model.device)
         targets, targets_mask = pad(references, self.pad_token_id, "right", self.model.device)
         options = {} if context is None else {"context_cache": context}
@@ -217,10 +215,11 @@ class Reader:
             **options,
         )
         found = []
-        scored = token_scores(self.model, outputs), unanswerable_probabilities(self.model, outputs)
-        for row, scores, unanswerable, loss in zip(outputs.sequences, *scored, losses.tolist(), strict=True):
+        for row, scores, loss in zip(
+            outputs.sequences, token_scores(self.model, outputs), losses.tolist(), strict=True
+        ):
             text = self.tokenizer.decode(row[length + 1 :][: len(scores)], skip_special_tokens=True).strip()
-            found.append((text.split("\n")[0], tuple(scores.tolist()), unanswerable, loss))
+            found.append((text.split("\n")[0], tuple(scores.tolist()), loss))
         return found
 
 

@@ -55,7 +55,7 @@ def _of_answers(scores: dict[tuple, float], task: str, model: str, dtype: str, c
 
 
 def _of_absence(entry: dict[str, Any]) -> Iterator[dict]:
-    yield _at_least("AUROC of the score, right against wrong passage", entry["auroc"]["score"]["value"], AUROC)
+    yield _at_least("AUROC of the score, right against wrong passage", entry["auroc"]["mean"]["value"], AUROC)
     if not entry["threshold_chosen_here"]:
         yield _at_least("declined of what is not in the text", entry["declined"]["value"], DECLINED)
         yield _at_most("declined of the answerable", entry["answerable_lost"]["value"], LOST)

@@ -21,7 +21,7 @@ class Batch:
         context_ids: int `[num_tokens]`, the token ids of the passages.
         offsets: first token of each passage and the end of the last.
         rows: the passages that each row reads.
-        own: the passage that each row's question is about; None where the row does not read it.
+        own: the passage that each row's question is about.
         span_positions: int `[num_spans, 2]`, the row and the position that predict an answer token which the row's
             context holds; None unless asked for.
         span_mask: bool `[num_spans, longest context]`, where in the row's context that token stands.
@@ -36,7 +36,7 @@ class Batch:
     context_ids: Tensor
     offsets: tuple[int, ...]
     rows: tuple[tuple[int, ...], ...]
-    own: tuple[int | None, ...]
+    own: tuple[int, ...]
     span_positions: Tensor | None = None
     span_mask: Tensor | None = None
 

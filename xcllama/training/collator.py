@@ -64,7 +64,7 @@ class Collator:
             torch.cat(context_ids),
             tuple(accumulate((len(item) for item in context_ids), initial=0)),
             tuple(tuple(place[passage] for passage in example.passages) for example in examples),
-            tuple(place[example.own] if example.own in example.passages else None for example in examples),
+            tuple(place[example.own] for example in examples),
             **spans,
         )
 

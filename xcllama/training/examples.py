@@ -3,8 +3,6 @@
 import random
 from dataclasses import dataclass, replace
 
-from dataset_builders import NO_ANSWER
-from dataset_builders.splits import holds, normalize
 from dataset_builders.tasks import PASSAGE_TASKS
 from xcllama.training.passages import Passage, Question, Turn
 from xcllama.training.recipe import Recipe
@@ -19,7 +17,7 @@ class Example:
 
     Args:
         passages: indices of the passages to read; more than one when distractors are joined.
-        own: the passage that the question is about; where it is none of `passages`, the answer is `NO_ANSWER`.
+        own: the one of them that the question is about.
         key: names the example; whatever is random about it (dropped context tokens) depends on the key alone.
     """
 
@@ -43,9 +41,7 @@ class ExamplePlan:
         self.passages, self.recipe = passages, recipe
         self._drawn: tuple[int, list[list[list[Example]]]] = (-1, [])
         self.asked: dict[str, list[int]] = {}
-        self._documents: dict[str, list[int]] = {}
         for index, passage in enumerate(passages):
-            self._documents.setdefault(passage.document, []).append(index)
             for source in {question.source for question in passage.questions}:
                 self.asked.setdefault(source, []).append(index)
         # weights of files count for every source that their rows name
@@ -83,10 +79,10 @@ class ExamplePlan:
         size, most = max(1, len(step) // self.recipe.optimization.accumulate), self.recipe.data.distractors
         joined = []
         for place, group in enumerate(step):
-            (read,), own, first = group[0].passages, group[0].own, place - place % size
-            others = sorted({other[0].passages[0] for other in step[first : first + size]} - {read, own})
+            own, first = group[0].own, place - place % size
+            others = sorted({other[0].own for other in step[first : first + size]} - {own})
             drawn = generator.sample(others, min(len(others), generator.randint(0, most)))
-            passages = tuple(generator.sample([read, *drawn], 1 + len(drawn)))
+            passages = tuple(generator.sample([own, *drawn], 1 + len(drawn)))
             joined.append([replace(example, passages=passages) for example in group])
         return joined
 
@@ -105,31 +101,12 @@ class ExamplePlan:
         if task.startswith("answer:"):
             asked = [item for item in self.passages[index].questions if item.source == task[len("answer:") :]]
             questions = generator.sample(asked, min(count, len(asked)))
-            share = self.recipe.data.unanswerable
-            if share and generator.random() < share:
-                if (read := self._another(index, questions, generator)) is not None:
-                    return [
-                        Example((read,), index, task, item.text, NO_ANSWER, item.history, f"{key}:{number}")
-                        for number, item in enumerate(questions)
-                    ]
         else:
             questions = self._label_free(task, index, count, generator)
         return [
             Example((index,), index, task, item.text, item.answer, item.history, f"{key}:{number}")
             for number, item in enumerate(questions)
         ]
-
-    def _another(self, index: int, questions: list[Question], generator: random.Random) -> int | None:
-        """Another passage that holds no answer of these questions, of the same document if there is one."""
-        passage, everything = self.passages[index], range(len(self.passages))
-        same = [i for i in self._documents[passage.document] if self.passages[i].section != passage.section]
-        answers = [normalize(item.answer) for item in questions]
-        candidates = [*generator.sample(same, len(same)), *generator.sample(everything, min(32, len(everything)))]
-        for other in candidates:
-            text, section = self.passages[other].text, self.passages[other].section
-            if section != passage.section and not any(holds(text, answer) for answer in answers):
-                return other
-        return None
 
     def _label_free(self, task: str, index: int, count: int, generator: random.Random) -> list[Question]:
         found: dict[str, Question] = {}

@@ -10,12 +10,10 @@ import torch
 import yaml
 from torch import nn
 
-from dataset_builders import NO_ANSWER
 from modeling_xcllama.checkpoints import find_model
 from modeling_xcllama.fingerprint import weights_digest
 from xcllama.durable import write_json, write_text
 from xcllama.training.build import load_processor
-from xcllama.training.prompts import Prompts
 from xcllama.training.recipe import Recipe
 
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "datasets")
@@ -35,8 +33,6 @@ def write_weights(recipe: Recipe, model: nn.Module, target: Path) -> None:
         model.config.base_model_name_or_path = base_id
         if recipe.model.encoder is not None:
             model.config.encoder_name_or_path = recipe.run.encoder_id or recipe.model.encoder
-        declines = Prompts(load_processor(recipe)).answer_ids(NO_ANSWER) if recipe.data.unanswerable else [None]
-        model.config.unanswerable_token_id = declines[0]
         model.save_cross_attention(target)
     else:
         model.peft_config["default"].base_model_name_or_path = base_id

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -83,10 +82,7 @@ class Objective(nn.Module):
         if batch.span_mask is not None and len(batch.span_mask):
             objective = objective + self.span_loss * _span_loss(batch, inputs)
         if self._teacher is not None and self.training:
-            # a row without its passage has no teacher
-            taught = torch.tensor([own is not None for own in batch.own], device=logits.device)[:, None]
-            followed = logits[(answer & taught)[read]]
-            objective = objective + self._distance(batch, taught, outputs.hidden_states, followed)
+            objective = objective + self._distance(batch, outputs.hidden_states, logits[of_answer])
         return Losses(objective, answer_loss)
 
     def context(self, batch: Batch) -> ContextCache | ProjectedContext:
@@ -107,21 +103,18 @@ class Objective(nn.Module):
         blocks = causal.model.cross_attention_blocks
         return [blocks[causal.model.block_after[layer]] for layer in self.span_layers]
 
-    def _distance(
-        self, batch: Batch, taught: Tensor, hidden_states: tuple[Tensor, ...] | None, logits: Tensor
-    ) -> Tensor:
-        """How far the taught rows of a batch are from the teacher, summed over tokens."""
-        own = tuple(passage or 0 for passage in batch.own)
-        wanted = self._teacher.hidden_states(batch.input_ids, batch.attention_mask, batch.passages(), own)
+    def _distance(self, batch: Batch, hidden_states: tuple[Tensor, ...] | None, logits: Tensor) -> Tensor:
+        """How far the batch is from the teacher, summed over tokens."""
+        wanted = self._teacher.hidden_states(batch.input_ids, batch.attention_mask, batch.passages(), batch.own)
         section, distance = self.distillation, logits.new_zeros(())
         if section.weight:
-            teacher_logits = self._teacher.model.lm_head(wanted[-1][:, :-1][batch.answer_mask[:, 1:] & taught]).float()
+            teacher_logits = self._teacher.model.lm_head(wanted[-1][:, :-1][batch.answer_mask[:, 1:]]).float()
             teacher = functional.log_softmax(teacher_logits / section.temperature, -1)
             student = functional.log_softmax(logits / section.temperature, -1)
             divergence = functional.kl_div(student, teacher, log_target=True, reduction="sum")
             distance = distance + section.weight * section.temperature**2 * divergence
         if section.hidden_layers:
-            counted = batch.attention_mask.bool() & taught
+            counted = batch.attention_mask.bool()
             # the prefix does not see the context, and its states are huge
             counted[:, : len(self._teacher.prefix)] = False
             for layer in section.hidden_layers:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from dataset_builders import SOURCES, build_mix, validate_row
-from dataset_builders.splits import digest, document_key
 from dataset_builders.tasks import sentences
 from xcllama.training.recipe import DataSection
 
@@ -27,18 +26,11 @@ class Question:
 
 @dataclass
 class Passage:
-    """A text of a bounded length, and the questions that can be answered from it.
-
-    Args:
-        document: key of the document that it comes from (`dataset_builders.splits.document_key`).
-        section: digest of the context of that document that it is, or is a window of.
-    """
+    """A text of a bounded length, and the questions that can be answered from it."""
 
     text: str
     source: str
     questions: list[Question] = field(default_factory=list)
-    document: str = ""
-    section: str = ""
 
 
 def read_passages(data: DataSection, seed: int) -> list[Passage]:
@@ -50,14 +42,13 @@ def read_passages(data: DataSection, seed: int) -> list[Passage]:
     passages: dict[str, Passage] = {}
     counts: dict[str, int] = {}
     for row in _rows(data):
-        source, index = row["dataset"], (row["useful_contexts"] or [0])[0]
-        document, section = document_key(row), digest(row["contexts_list"][index])
-        for text in _windows(row, index, data, seed):
+        source = row["dataset"]
+        for text in _windows(row, data, seed):
             if text not in passages:
                 if data.max_passages is not None and counts.get(source, 0) >= data.max_passages:
                     continue
                 counts[source] = counts.get(source, 0) + 1
-                passages[text] = Passage(text, source, document=document, section=section)
+                passages[text] = Passage(text, source)
             question = _question(row, text, data)
             if question is not None:
                 passages[text].questions.append(question)
@@ -97,8 +88,9 @@ def _file_rows(name: str) -> Iterator[dict[str, Any]]:
                 ) from None
 
 
-def _windows(row: dict[str, Any], index: int, data: DataSection, seed: int) -> Iterable[str]:
-    """The texts that a row's questions are asked of: its context `index`, or windows of a longer one."""
+def _windows(row: dict[str, Any], data: DataSection, seed: int) -> Iterable[str]:
+    """The texts that a row's questions are asked of: its useful context, or windows of a longer one."""
+    index = (row["useful_contexts"] or [0])[0]
     text, size = row["contexts_list"][index], data.max_context_words
     words = text.split()
     if len(words) <= size:

@@ -80,8 +80,6 @@ class DataSection:
         max_answer_words: questions with longer answers are left out.
         max_history: earlier turns kept in front of a question.
         distractors: most other passages joined to the right one, drawn from its forward pass; their number varies.
-        unanswerable: share of the groups of own questions that read another passage instead, of the same document
-            where it has one: their answer is `NO_ANSWER`.
         max_passages: passages read from each source (None: all).
         renamed: passages that are added once more with invented names and numbers.
     """
@@ -93,7 +91,6 @@ class DataSection:
     max_answer_words: Positive = 12
     max_history: Count = 2
     distractors: Count = 0
-    unanswerable: Share = 0.0
     max_passages: Positive | None = None
     renamed: Count = 0
 
