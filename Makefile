@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo newcomer test test-portable test-slow test-browser space bench bench-quick lint style models fuzz kernels-inspect train-small train-smoke evaluate-dev evaluate-test ablations publish-dry-run clean
+.PHONY: demo newcomer test test-portable test-slow test-browser space bench bench-quick lint style models fuzz kernels-inspect gpu-check train-small train-smoke evaluate-dev evaluate-test ablations publish-dry-run clean
 
 # torch without CUDA, a tenth of the size, where there is no GPU and its index can be reached
 TORCH_INDEX = $(shell command -v nvidia-smi >/dev/null || { curl -sf -m 5 -o /dev/null \
@@ -84,6 +84,10 @@ fuzz: .venv/.installed
 # compiles for four chips, no GPU needed; what was compiled from the same code before is not compiled again
 kernels-inspect: .venv/.installed
 	$(BIN)/python kernels/benchmarks/inspect_kernels.py --output results/kernels_inspect.json
+
+# on a machine with a GPU: ends before 9 minutes are over
+gpu-check: models
+	$(BIN)/python scripts/gpu_check.py --output results/gpu
 
 # hours on one core: (a) in three stages, then (b) and (c) out of it; an interrupted run goes on where it stopped
 train-small: models

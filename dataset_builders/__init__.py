@@ -15,11 +15,12 @@ from importlib import import_module
 
 # modules import what they need (`datasets`, `pyarrow`, ...) when they are asked for: fetching a wheel needs none of it
 MODULES = {
+    "features": ("FEATURES",),
     "fields": ("Settings",),
     "files": ("SourceError",),
     "mix": ("OFFLINE_BENCHMARKS", "OFFLINE_SOURCES", "Mix", "build_mix"),
     "reading": ("read_source",),
-    "schema": ("FEATURES", "NO_ANSWER", "Drop", "RecordError", "Report", "make_row", "validate_row"),
+    "schema": ("NO_ANSWER", "Drop", "RecordError", "Report", "make_row", "validate_row"),
     "sources": ("SOURCES", "Source"),
     "splits": ("document_key", "split_of"),
 }

@@ -26,11 +26,12 @@ import pyarrow.parquet
 from tqdm import tqdm
 
 from dataset_builders.card import render_card
+from dataset_builders.features import FEATURES
 from dataset_builders.fields import Settings
 from dataset_builders.files import file_records
 from dataset_builders.mix import HELD_OUT, Mix, choose_sources
 from dataset_builders.reading import read_source
-from dataset_builders.schema import FEATURES, Report, Row, validate_row
+from dataset_builders.schema import Report, Row, validate_row
 from dataset_builders.sources import get_source, terms
 from dataset_builders.splits import SPLITS
 from dataset_builders.tasks import TASK_WEIGHTS, make_examples

@@ -5,7 +5,7 @@ from typing import Any
 
 from huggingface_hub import DatasetCard, DatasetCardData
 
-from dataset_builders.schema import FEATURES
+from dataset_builders.features import FEATURES
 
 TEMPLATE = files("xcllama.templates") / "dataset_card.md.jinja"
 _SIZES = [(1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M")]

@@ -19,27 +19,14 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-import datasets
-
 NO_ANSWER = "UNANSWERABLE"
 
 Row = dict[str, Any]
 
-FEATURES = datasets.Features(
-    {
-        "sample_idx": datasets.Value("string"),
-        "dataset": datasets.Value("string"),
-        "titles_list": datasets.List(datasets.Value("string")),
-        "contexts_list": datasets.List(datasets.Value("string")),
-        "useful_contexts": datasets.List(datasets.Value("int32")),
-        "question": datasets.Value("string"),
-        "history": datasets.List({"question": datasets.Value("string"), "answer": datasets.Value("string")}),
-        "answer": datasets.Value("string"),
-        "answers": datasets.List(datasets.Value("string")),
-        "answerable": datasets.Value("bool"),
-        "question_type": datasets.Value("string"),
-    }
-)
+FIELDS = (
+    "sample_idx", "dataset", "titles_list", "contexts_list", "useful_contexts", "question", "history", "answer",
+    "answers", "answerable", "question_type",
+)  # fmt: skip
 
 _HALF_PAIR = re.compile("[\ud800-\udfff]")
 _STRINGS = ("sample_idx", "dataset", "question", "answer", "question_type")
@@ -183,11 +170,11 @@ def validate_row(row: Row) -> Row:
     """
     if not isinstance(row, dict):
         raise RecordError("row", f"must be an object, got {type(row).__name__}")
-    for name in FEATURES:
+    for name in FIELDS:
         if name not in row:
             raise RecordError(name, "is missing")
-    if unknown := sorted(set(row) - set(FEATURES)):
-        raise RecordError(unknown[0], f"is not a field of the schema, which has {', '.join(FEATURES)}")
+    if unknown := sorted(set(row) - set(FIELDS)):
+        raise RecordError(unknown[0], f"is not a field of the schema, which has {', '.join(FIELDS)}")
     for name in _STRINGS:
         if not isinstance(row[name], str):
             raise RecordError(name, f"must be a string, got {type(row[name]).__name__}")

@@ -10,9 +10,13 @@ import re
 import sys
 from pathlib import Path
 
-from result_tables import RESULTS, ROOT, TABLES
+from gpu_table import gpu_table
+from result_tables import RESULTS, ROOT
+from result_tables import TABLES as OTHERS
 
 from xcllama.publishing.model_card import readme
+
+TABLES = OTHERS | {"gpu": gpu_table}
 
 
 def render(text: str) -> str:

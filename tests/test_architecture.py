@@ -41,7 +41,13 @@ ALLOWED = {
     },
     "xcllama.training": {"modeling_xcllama", "dataset_builders", "xcllama.store"},
     "xcllama.evaluation": {"modeling_xcllama", "dataset_builders", "xcllama.store"},
-    "xcllama.gpu_check": {"modeling_xcllama", "xcllama_kernels", "xcllama.training", "xcllama.evaluation"},
+    "xcllama.gpu_check": {
+        "modeling_xcllama",
+        "xcllama_kernels",
+        "dataset_builders",
+        "xcllama.training",
+        "xcllama.evaluation",
+    },  # fmt: skip
     "xcllama.publishing": {"modeling_xcllama", "dataset_builders", "xcllama.store"},
     "space": set(),
 }

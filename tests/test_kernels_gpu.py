@@ -10,6 +10,8 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest  # noqa: E402
+from torch import Tensor  # noqa: E402
+from torch.nn.functional import scaled_dot_product_attention  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 from xcllama_kernels import (  # noqa: E402
     cross_attention,
@@ -23,6 +25,8 @@ from xcllama_kernels.launch import INTERPRETED, launch_counts  # noqa: E402
 from xcllama_kernels.reference import cross_attention_reference, project_quantized_reference  # noqa: E402
 
 from modeling_xcllama import XCLlamaForCausalLM  # noqa: E402
+from modeling_xcllama.cross_attention import ContextRows, attend_with_lse  # noqa: E402
+from modeling_xcllama.joint_attention import ContextReader, JointReading  # noqa: E402
 
 ON_GPU = torch.cuda.is_available() and not INTERPRETED
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -33,7 +37,10 @@ pytestmark = [
 NEEDS_GPU = pytest.mark.skipif(not ON_GPU, reason="no GPU")
 # relative error against float64: products of float32 are exact, those of 16 bits are not
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-2}
-DTYPES = pytest.mark.parametrize("dtype", list(TOLERANCES), ids=["fp32", "fp16", "bf16"])
+NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+DTYPES = pytest.mark.parametrize(
+    "dtype", list(TOLERANCES) if ON_GPU else [torch.float32, torch.bfloat16], ids=NAMES.get
+)
 HEAD_DIMS = [16, 64, 128, 256] if ON_GPU else [64]
 
 
@@ -81,6 +88,55 @@ def test_gradients_are_right_and_the_same_every_time(head_dim, dtype, record_pro
     exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
     expected = torch.autograd.grad(cross_attention_reference(*exact, *case.arguments[3:])[0], exact, grad.double())
     errors = [relative_error(result, reference) for result, reference in zip(runs[0], expected, strict=True)]
+    record_property("relative_error", max(errors))
+    assert max(errors) < TOLERANCES[dtype]
+
+
+def read_jointly(
+    query: Tensor, key: Tensor, value: Tensor, own_key: Tensor, own_value: Tensor, rows: ContextRows
+) -> Tensor:
+    """One layer's joint reading: a row's own tokens by products, its context by the kernels."""
+    scale = query.shape[-1] ** -0.5
+    grouped = query.transpose(1, 2).unflatten(1, (key.shape[1], -1))
+    own = attend_with_lse(grouped, *(part.transpose(1, 2).unsqueeze(2) for part in (own_key, own_value)), scale, None)
+    own = [part.flatten(1, 2).transpose(1, 2) for part in own]
+    reads = torch.ones(query.shape[:2], dtype=torch.bool, device=query.device)
+    reading = JointReading(key, value, rows, reads, None, None, "triton", output_weights=False)
+    return ContextReader()(query, *own, reading, scale)[0]
+
+
+def read_in_one_softmax(
+    query: Tensor, key: Tensor, value: Tensor, own_key: Tensor, own_value: Tensor, rows: ContextRows
+) -> Tensor:
+    """The same over the tokens of both, side by side."""
+    outputs = []
+    for row, context in enumerate(rows.context_index):
+        read = slice(rows.offsets[context], rows.offsets[context + 1])
+        keys, values = torch.cat([key[read], own_key[row]]), torch.cat([value[read], own_value[row]])
+        group = query.shape[2] // keys.shape[1]
+        parts = [part.transpose(0, 1).repeat_interleave(group, 0) for part in (keys, values)]
+        outputs.append(scaled_dot_product_attention(query[row].transpose(0, 1), *parts).transpose(0, 1))
+    return torch.stack(outputs)
+
+
+@DTYPES
+@pytest.mark.parametrize("query_len", [1, 200 if ON_GPU else 10], ids=["decode", "forward"])
+def test_context_and_own_tokens_merge_to_one_softmax(query_len, dtype, record_property):
+    lengths = [1000, 0, 300] if ON_GPU else [40, 0, 9]
+    case = random_case(lengths, [2, 0, 1, 0], query_len, 6, 2, 64, dtype, 0, DEVICE)
+    rows = ContextRows(tuple(case.offsets.tolist()), tuple(case.context_index.tolist()))
+    own = torch.randn(2, 4, 7, 2, 64, device=DEVICE).to(dtype)
+    leaves = [part.requires_grad_() for part in (*case.arguments[:3], *own)]
+    before = launch_counts.total()
+    with poisoned():
+        merged = read_jointly(*leaves, rows)
+        grad = torch.randn_like(merged)
+        gradients = torch.autograd.grad(merged, leaves, grad)
+    assert launch_counts.total() >= before + 3
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    expected = read_in_one_softmax(*exact, rows)
+    wanted = torch.autograd.grad(expected, exact, grad.double())
+    errors = [relative_error(*pair) for pair in zip((merged, *gradients), (expected, *wanted), strict=True)]
     record_property("relative_error", max(errors))
     assert max(errors) < TOLERANCES[dtype]
 
@@ -165,7 +221,7 @@ def test_generate_equals_sdpa(dtype, mode):
         model.config.cross_attn_implementation = name
         before = launch_counts["decode_kernel"]
         generated[name] = model.generate(
-            question, context_cache=cache, max_new_tokens=6, do_sample=False, eos_token_id=None
+            question, context_cache=cache, max_new_tokens=6 if ON_GPU else 2, do_sample=False, eos_token_id=None
         )
         assert (launch_counts["decode_kernel"] > before) == (name == "triton" or (name == "auto" and ON_GPU))
     assert all(torch.equal(tokens, generated["sdpa"]) for tokens in generated.values())

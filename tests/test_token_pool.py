@@ -35,6 +35,7 @@ def test_the_file_holds_the_pool(pool, tmp_path):
         ours, theirs = getattr(pool, name), getattr(loaded, name)
         assert torch.equal(ours.values, theirs.values)
         assert ours.offsets == theirs.offsets
+    assert torch.equal(loaded.group_own, pool.group_own)
     assert (loaded.held_answers, loaded.origin) == ([["0"], ["2"]], pool.origin)
     with pytest.raises(ValueError, match="holds no pool.safetensors"):
         TokenPool.load(tmp_path / "nowhere")
@@ -47,6 +48,24 @@ def test_tasks_are_drawn_as_often_as_the_recipe_says(pool):
     # ten passages have a question, and eight groups are made
     assert sum(kinds[:10]) == pytest.approx(0.5)
     assert len(kinds) == 18
+
+
+def test_questions_that_read_another_passage_never_see_their_own(tmp_path):
+    pool, recipe = tiny_pool(), tiny_recipe(tmp_path)
+    batches = PoolBatches(pool, recipe, pool.passages.values[:, None])
+    found = [batch for number in range(10) for batch in batches.step(number)]
+    kinds = set()
+    for batch in found:
+        for key, own, read in zip(batch.keys, batch.own, batch.rows, strict=True):
+            stranger = int(key) >= 22
+            kinds.add(stranger)
+            assert (own is None) == stranger
+            texts = [batch.passages()[passage].tolist() for passage in read]
+            assert len(texts) <= 2
+            assert pool.passages[11 if stranger else int(key) // 2].tolist() in texts
+            # distractors bring no answer back
+            assert not stranger or pool.passages[0].tolist() not in texts
+    assert kinds == {True, False}
 
 
 def test_a_step_holds_what_a_collator_makes(pool, make_recipe):

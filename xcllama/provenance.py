@@ -20,6 +20,8 @@ from xcllama.durable import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = "results"
+# beside the code of a packed folder, which is no checkout
+ORIGIN = "origin.json"
 # written by runs and identified by digests of their own, or rendered: no part of the code that is measured
 OUTPUTS = (RESULTS, "checkpoints", "docs", "README.md")
 PACKAGES = (
@@ -64,7 +66,12 @@ def command() -> str:
 
 @functools.cache
 def tree() -> dict[str, Any]:
-    """Full commit, and whether code differed from it, when this process first asked; None outside a checkout."""
+    """Full commit, and whether code differed from it, when this process first asked; None outside a checkout.
+
+    Of a packed folder (`xcllama.gpu_check.packing`), what was packed.
+    """
+    if (ROOT / ORIGIN).is_file():
+        return json.loads((ROOT / ORIGIN).read_text())
     commit = _git("rev-parse", "HEAD")
     changed = _git("status", "--porcelain", "--", ".", *(f":!{name}" for name in OUTPUTS))
     return {"commit": commit or None, "dirty": bool(changed) if commit else None}

@@ -4,9 +4,9 @@
     python kernels/benchmarks/benchmark.py --tune --output runs/tuned.json      # every candidate configuration
     TRITON_INTERPRET=1 python kernels/benchmarks/benchmark.py --dry-run --output runs/dry.json
 
-Times stand beside what the device reaches: bytes over the bandwidth of a large copy, operations over the rate of a large
-product. Some rows of each result are first compared with the float32 reference. What cannot run stands in the results
-with its error, what there was no time for by name. Fails when one of our kernels cannot run or is wrong.
+Times stand beside what the device reaches: bytes over the bandwidth of a large copy, operations over the rate of a
+large product. Some rows of each result are first compared with the float32 reference. What cannot run stands in the
+results with its error, what there was no time for by name. Fails when one of our kernels cannot run or is wrong.
 """
 
 import argparse

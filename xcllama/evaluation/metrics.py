@@ -9,6 +9,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cache
 
+from dataset_builders import NO_ANSWER
+
 ARTICLES = ("a", "an", "the")
 # punctuation of ASCII that Unicode files under symbols
 SYMBOLS = frozenset("$+<=>^`|~")
@@ -71,9 +73,6 @@ def k_precision(prediction: str, answers: Sequence[str], contexts: Sequence[str]
 
 def no_answer_accuracy(prediction: str, answers: Sequence[str], contexts: Sequence[str] = ()) -> float:
     """1 if the prediction says that there is no answer exactly where there is none."""
-    # F1 is also measured where no data set can be read
-    from dataset_builders import NO_ANSWER
-
     return float((normalize_answer(prediction) == normalize_answer(NO_ANSWER)) == (NO_ANSWER in answers))
 
 

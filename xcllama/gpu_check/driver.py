@@ -6,16 +6,20 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from xcllama.provenance import ROOT
+from xcllama.provenance import ROOT, require_clean
 
 # shares of the time; what a part leaves goes to those after it
 SHARES = {"kernels": 2, "model": 2, "train": 5}
 PARTS = tuple(SHARES)
-# seconds before a part's end at which it should be done, is interrupted; what it gets when a user interrupts it
-SPARE, GRACE, PATIENCE = 8.0, 5.0, 60.0
+# seconds that are left when the check ends, when a part should have ended, when it is interrupted
+LAST, SPARE, GRACE = 2.0, 8.0, 5.0
+# seconds for an export when a user interrupts
+PATIENCE = 60.0
 
 
 @dataclass(frozen=True)
@@ -26,40 +30,68 @@ class Check:
         output: folder of the results.
         minutes: the check ends before.
         parts: of `PARTS`, in this order.
-        arguments: of every part's command line.
+        base, data: folders of the decoder and of a token pool; None: tiny random ones.
         dry_run: on the CPU, with tiny sizes.
     """
 
     output: Path
     minutes: float
     parts: tuple[str, ...]
-    arguments: tuple[str, ...]
+    base: Path | None
+    data: Path | None
     dry_run: bool
 
 
 def run_check(check: Check, script: Path) -> int:
-    """Run the parts by `script --part NAME --seconds N`, and say in gpu_check.json how each ended.
+    """Run the parts by `script --part NAME --deadline T`, and say in check.json how each ended.
 
     Returns:
         0 if every part did what it should.
+
+    Raises:
+        ValueError: see `require_clean`.
     """
+    end = time.monotonic() + 60 * check.minutes - LAST
+    require_clean(check.output)
     check.output.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + 60 * check.minutes - 2
     ended = {}
-    for place, part in enumerate(check.parts):
-        shares = [SHARES[name] for name in check.parts[place:]]
-        seconds = (deadline - time.monotonic()) * shares[0] / sum(shares)
-        command = [sys.executable, str(script), "--part", part, "--seconds", f"{seconds - SPARE:.1f}"]
-        command += ["--output", str(check.output), *check.arguments]
-        print(f"{part}: {seconds:.0f} seconds at most", flush=True)
-        begin = time.monotonic()
-        code = run_for(command, seconds, environment(check.dry_run))
-        ended[part] = {"exit": code, "seconds": round(time.monotonic() - begin, 1)}
-        print(f"{part}: ended with {code} after {ended[part]['seconds']} seconds", flush=True)
-        (check.output / "gpu_check.json").write_text(json.dumps({"minutes": check.minutes, "parts": ended}) + "\n")
-        if code == -signal.SIGINT:
-            break
-    return 0 if all(part["exit"] == 0 for part in ended.values()) and len(ended) == len(check.parts) else 1
+    with terminated_like_interrupted():
+        for place, part in enumerate(check.parts):
+            shares = [SHARES[name] for name in check.parts[place:]]
+            begin = time.monotonic()
+            seconds = (end - begin) * shares[0] / sum(shares)
+            print(f"{part}: {seconds:.0f} seconds at most", flush=True)
+            code = run_for(command_of(check, script, part, begin + seconds - SPARE), begin + seconds, check.dry_run)
+            ended[part] = {"exit": code, "seconds": round(time.monotonic() - begin, 1)}
+            print(f"{part}: ended with {code} after {ended[part]['seconds']} seconds", flush=True)
+            (check.output / "check.json").write_text(json.dumps({"minutes": check.minutes, "parts": ended}) + "\n")
+            if code == -signal.SIGINT:
+                break
+    return 0 if [part["exit"] for part in ended.values()] == [0] * len(check.parts) else 1
+
+
+def command_of(check: Check, script: Path, part: str, deadline: float) -> list[str]:
+    """The command line of a part."""
+    command = [sys.executable, str(script), "--part", part, "--deadline", str(deadline), "--output", str(check.output)]
+    for name, folder in (("--base", check.base), ("--data", check.data)):
+        command += [] if folder is None else [name, str(folder.resolve())]
+    return command + ["--dry-run"] * check.dry_run
+
+
+def run_for(command: list[str], end: float, dry_run: bool) -> int:
+    """The exit code of `command`, interrupted shortly before `end` and killed then, with its children.
+
+    Returns:
+        -SIGINT if this process was interrupted meanwhile.
+    """
+    process = subprocess.Popen(command, cwd=ROOT, env=environment(dry_run), start_new_session=True)
+    try:
+        return process.wait(max(0.0, end - GRACE - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        return _end(process, GRACE)
+    except KeyboardInterrupt:
+        _end(process, min(PATIENCE, end - time.monotonic()))
+        return -signal.SIGINT
 
 
 def environment(dry_run: bool) -> dict[str, str]:
@@ -71,22 +103,20 @@ def environment(dry_run: bool) -> dict[str, str]:
     return variables
 
 
-def run_for(command: list[str], seconds: float, variables: dict[str, str]) -> int:
-    """The exit code of `command`, interrupted shortly before `seconds` and killed at their end, with its children."""
-    process = subprocess.Popen(command, cwd=ROOT, env=variables, start_new_session=True)
+@contextmanager
+def terminated_like_interrupted() -> Iterator[None]:
+    """SIGTERM ends the check as Ctrl-C does: with an export."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        return process.wait(max(0.0, seconds - GRACE))
-    except subprocess.TimeoutExpired:
-        return _end(process, GRACE)
-    except KeyboardInterrupt:
-        _end(process, PATIENCE)
-        return -signal.SIGINT
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _end(process: subprocess.Popen, grace: float) -> int:
     os.killpg(process.pid, signal.SIGINT)
     try:
-        return process.wait(grace)
+        return process.wait(max(0.0, grace))
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         return process.wait()

@@ -21,8 +21,8 @@ TEST_SHARE = 0.6
 def check_kernels(options: Options) -> int:
     """Run tests and benchmark; 0 if all tests passed and all kernels were right."""
     tests = run_tests(TEST_SHARE * options.left, options.dry_run)
-    write_result(options.output / "gpu_kernel_tests.json", summary(tests), MEASURED)
-    command = [sys.executable, str(BENCHMARK), "--output", str(options.output / "gpu_kernels.json")]
+    write_result(options.output / "kernel_tests.json", summary(tests), MEASURED)
+    command = [sys.executable, str(BENCHMARK), "--output", str(options.output / "kernels.json")]
     command += ["--seconds", f"{options.left:.1f}", *(["--dry-run"] if options.dry_run else [])]
     benchmark = subprocess.run(command, cwd=ROOT).returncode
     failed = [test["name"] for test in tests if test["outcome"] == "failed"]

@@ -25,7 +25,7 @@ from modeling_xcllama import XCLlamaForCausalLM
 from modeling_xcllama.context_cache import ContextCache, ProjectedContext
 from modeling_xcllama.decoding_speed import decoding_compile_config
 from xcllama.gpu_check.options import MEASURED, Options, synchronize
-from xcllama.gpu_check.tiny import PREFIX, tiny_base
+from xcllama.gpu_check.tiny import PREFIX
 from xcllama.provenance import ROOT, write_result
 from xcllama.training.recipe import load_recipe
 
@@ -67,7 +67,7 @@ def check_model(options: Options) -> int:
             continue
         check.run(name, case)
         figures = {"rows": check.rows, "asserted": check.asserted, "left_out": check.left_out}
-        write_result(options.output / "gpu_model.json", figures, MEASURED, seed=0)
+        write_result(options.output / "model.json", figures, MEASURED, seed=0)
     wrong = [name for name, holds in check.asserted.items() if not holds]
     print(f"{len(check.rows)} cases, {len(check.left_out)} left out; broken: {wrong or 'nothing'}", flush=True)
     return 1 if wrong or not check.asserted else 0
@@ -79,8 +79,9 @@ class ModelCheck:
     def __init__(self, options: Options, sizes: Sizes):
         torch.manual_seed(0)
         self.options, self.sizes, self.device = options, sizes, options.device
-        folder = options.base or tiny_base(options.output / "tiny_base")
-        self.base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval().to(self.device)
+        self.base = (
+            AutoModelForCausalLM.from_pretrained(options.decoder(), dtype=torch.bfloat16).eval().to(self.device)
+        )
         self.rows: list[dict[str, Any]] = []
         self.asserted: dict[str, bool] = {}
         self.left_out: list[str] = []

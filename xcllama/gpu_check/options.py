@@ -6,6 +6,9 @@ from pathlib import Path
 
 import torch
 
+from xcllama.gpu_check.packing import ready_base
+from xcllama.gpu_check.tiny import tiny_base
+
 # code whose change makes a figure of a check old
 MEASURED = ("kernels/torch-ext/xcllama_kernels", "modeling_xcllama", "xcllama/gpu_check", "xcllama/training")
 
@@ -42,6 +45,12 @@ class Options:
     def implementation(self) -> str:
         """The backend to ask for: the kernels must be what "auto" takes on a GPU, and run in the interpreter else."""
         return "triton" if self.dry_run else "auto"
+
+    def decoder(self) -> Path:
+        """Folder of the decoder, made where it is not there yet."""
+        if self.base is None:
+            return tiny_base(self.output / "tiny_base")
+        return ready_base(self.base, self.output / "base")
 
 
 def synchronize(device: torch.device) -> None:

@@ -69,6 +69,8 @@ def tiny_pool() -> TokenPool:
         answers=random(24, 2, 3),
         questions=torch.tensor([(len(PREFIX), size) for size in prompts.lengths]),
         group_passages=torch.arange(12),
+        # the last questions read a passage that does not answer them
+        group_own=torch.tensor([*range(11), 0]),
         group_offsets=torch.arange(0, 25, 2),
         weights=torch.ones(12),
         held_passages=random(4, 11),

@@ -13,7 +13,7 @@ from torch import Tensor
 from modeling_xcllama import XCLlamaForCausalLM
 from xcllama.gpu_check.answers import held_out_answers
 from xcllama.gpu_check.options import MEASURED, Options, synchronize
-from xcllama.gpu_check.tiny import tiny_base, tiny_pool, tiny_recipe
+from xcllama.gpu_check.tiny import tiny_pool, tiny_recipe
 from xcllama.provenance import ROOT, write_result
 from xcllama.training.build import build_model, load_processor, parameter_counts
 from xcllama.training.folder import write_record, write_weights
@@ -57,7 +57,7 @@ def check_train(options: Options) -> int:
     stage = {"recipe": recipe.name, "digest": recipe.digest, "step": run.steps, "seconds": run.seconds}
     write_record(recipe, model, target, run.steps, [stage])
     figures = describe(recipe, objective, pool, run) | {"preparation_seconds": times}
-    result = options.output / "gpu_train.json"
+    result = options.output / "train.json"
     # the weights and the curve are on disk before questions are asked
     write_result(result, figures | {"held_out": None}, MEASURED, recipe.seed)
     tokenizer = load_processor(recipe).tokenizer
@@ -81,15 +81,16 @@ def prepare(options: Options) -> tuple[Recipe, TokenPool]:
     Raises:
         ValueError: tokens of another tokenizer than the base's.
     """
+    folder = options.decoder()
     if options.base is None:
-        return tiny_recipe(tiny_base(options.output / "tiny_base")), tiny_pool()
+        return tiny_recipe(folder), tiny_pool()
     recipe, pool = load_recipe(RECIPE), TokenPool.load(options.data)
     # recipes name their base, which is looked up in the cache folder
     cache = options.output / "models_cache"
     (cache / "models").mkdir(parents=True, exist_ok=True)
     link = cache / "models" / Path(recipe.model.base).name
     link.unlink(missing_ok=True)
-    link.symlink_to(options.base.resolve())
+    link.symlink_to(folder.resolve())
     os.environ["XCLLAMA_CACHE"] = str(cache)
     if pool.origin["vocabulary"] != len(load_processor(recipe).tokenizer):
         raise ValueError(f"the tokens in {options.data} are of another tokenizer than that in {options.base}.")

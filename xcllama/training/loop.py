@@ -13,8 +13,8 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from xcllama.training.batch import Batch
 from xcllama.training.checkpoints import load_checkpoint, open_run, save_checkpoint
-from xcllama.training.collator import Batch
 from xcllama.training.recipe import OptimizationSection, Recipe
 
 logger = logging.getLogger(__name__)

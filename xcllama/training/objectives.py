@@ -14,8 +14,8 @@ from torch.nn import functional
 from modeling_xcllama.context_cache import ContextCache, ProjectedContext
 from modeling_xcllama.context_projection import ReadingPlan
 from modeling_xcllama.cross_attention import ContextRows
+from xcllama.training.batch import Batch
 from xcllama.training.build import in_frozen_precision
-from xcllama.training.collator import Batch
 from xcllama.training.recipe import Recipe
 from xcllama.training.teacher import Teacher
 

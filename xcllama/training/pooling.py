@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Iterator
-from itertools import islice
+from itertools import islice, product
 
 import torch
 
@@ -38,7 +38,8 @@ def make_pool(recipe: Recipe, held_out: int, label_free_groups: int = LABEL_FREE
         prompts=Ragged.of(ids for ids, _ in encoded),
         answers=Ragged.of(prompts.answer_ids(example.answer) for example in examples),
         questions=torch.tensor([(where.start, where.stop) for _, where in encoded]),
-        group_passages=torch.tensor([group[0].own for _, group in groups]),
+        group_passages=torch.tensor([group[0].passages[0] for _, group in groups]),
+        group_own=torch.tensor([group[0].own for _, group in groups]),
         group_offsets=torch.tensor(sizes).cumsum(0),
         weights=torch.tensor([weight for weight, _ in groups]),
         held_passages=Ragged.of(prompts.context_ids(row["contexts_list"][0]) for row in held),
@@ -62,12 +63,14 @@ def _groups(plan: ExamplePlan, label_free_groups: int) -> Iterator[tuple[float, 
     recipe = plan.recipe
     tasks = {task: weight / sum(recipe.data.tasks.values()) for task, weight in recipe.data.tasks.items() if weight}
     sources = sum(plan.source_weights.values())
+    # questions that read another passage in one draw read their own in the other
+    draws = 2 if recipe.data.unanswerable else 1
     for source, weight in plan.source_weights.items() if "answer" in tasks else ():
         asked = plan.asked[source]
-        share = tasks["answer"] * weight / sources / len(asked)
-        for index in asked:
+        share = tasks["answer"] * weight / sources / len(asked) / draws
+        for index, draw in product(asked, range(draws)):
             everything = len(plan.passages[index].questions)
-            yield share, plan.examples(f"answer:{source}", index, f"pool:{source}:{index}", everything)
+            yield share, plan.examples(f"answer:{source}", index, f"pool:{source}:{index}:{draw}", everything)
     generator = random.Random(f"{recipe.seed}:pool")
     label_free, size = [task for task in tasks if task != "answer"], recipe.optimization.questions_per_passage
     for task in label_free:

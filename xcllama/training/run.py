@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from dataset_builders.wheels import cache_folder
 from xcllama.models import load_model
+from xcllama.training.batch import Batch
 from xcllama.training.build import build_model, load_processor, parameter_counts
 from xcllama.training.checkpoints import load_checkpoint, open_run
-from xcllama.training.collator import Batch, Collator
+from xcllama.training.collator import Collator
 from xcllama.training.evaluation import HeldOut, answer_losses, read_held_out
 from xcllama.training.examples import Example, ExamplePlan
 from xcllama.training.following import follow

@@ -22,6 +22,7 @@ from xcllama.training.recipe import Recipe
 NAME = "pool.safetensors"
 # steps that are drawn together and sorted by length
 BUCKET_STEPS = 8
+INDICES = ("questions", "group_passages", "group_own", "group_offsets")
 RAGGED = ("passages", "prompts", "answers", "held_passages", "held_prompts")
 
 
@@ -58,7 +59,8 @@ class TokenPool:
         passages: of each passage, as the encoder reads them.
         prompts, answers: of each example; an answer ends with the token that ends it.
         questions: where the question stands in each prompt, `[num_examples, 2]`.
-        group_passages: the passage of each group.
+        group_passages: the passage that each group reads.
+        group_own: the passage that its questions are about; another one where their answer is that there is none.
         group_offsets: first example of each group and the end of the last.
         weights: how often each group is drawn, `[num_groups]`.
         held_passages, held_prompts: of each held-out question.
@@ -72,6 +74,7 @@ class TokenPool:
     answers: Ragged
     questions: Tensor
     group_passages: Tensor
+    group_own: Tensor
     group_offsets: Tensor
     weights: Tensor
     held_passages: Ragged
@@ -82,7 +85,8 @@ class TokenPool:
 
     def first(self, groups: int, held_out: int) -> "TokenPool":
         """The first `groups` with their passages and examples, and as many held-out questions as asked for."""
-        used = list(dict.fromkeys(self.group_passages[:groups].tolist()))
+        read, own = self.group_passages[:groups].tolist(), self.group_own[:groups].tolist()
+        used = list(dict.fromkeys(read + own))
         last = int(self.group_offsets[groups])
 
         def take(ragged: Ragged, indices: Iterable[int]) -> Ragged:
@@ -94,7 +98,8 @@ class TokenPool:
             prompts=take(self.prompts, range(last)),
             answers=take(self.answers, range(last)),
             questions=self.questions[:last],
-            group_passages=torch.tensor([used.index(passage) for passage in self.group_passages[:groups].tolist()]),
+            group_passages=torch.tensor([used.index(passage) for passage in read]),
+            group_own=torch.tensor([used.index(passage) for passage in own]),
             group_offsets=self.group_offsets[: groups + 1],
             weights=self.weights[:groups],
             held_passages=take(self.held_passages, range(held_out)),
@@ -104,7 +109,7 @@ class TokenPool:
 
     def save(self, folder: Path) -> Path:
         """Write the pool to `folder` and return the file."""
-        tensors = {name: getattr(self, name).int() for name in ("questions", "group_passages", "group_offsets")}
+        tensors = {name: getattr(self, name).int() for name in INDICES}
         tensors["weights"] = self.weights.float()
         for name in RAGGED:
             ragged = getattr(self, name)
@@ -156,7 +161,7 @@ class PoolBatches:
         self.pool, self.recipe, self.states = pool, recipe, states
         self._drawn: tuple[int, list[list[int]]] = (-1, [])
         self._bounds = pool.group_offsets.tolist()
-        self._passages = pool.group_passages.tolist()
+        self._passages, self._own = pool.group_passages.tolist(), pool.group_own.tolist()
         self._cumulative = list(accumulate(pool.weights.tolist()))
         sizes = [sum(pair) for pair in zip(pool.prompts.lengths, pool.answers.lengths, strict=True)]
         self._longest = [max(sizes[start:end]) for start, end in pairwise(self._bounds)]
@@ -188,12 +193,12 @@ class PoolBatches:
         place = {passage: position for position, passage in enumerate(used)}
         examples, rows, own = [], [], []
         for group in groups:
-            around = place[self._passages[group]]
+            around, about = place[self._passages[group]], place.get(self._own[group])
             asked = range(self._bounds[group], self._bounds[group + 1])
             chosen = generator.sample(asked, min(count, len(asked)))
             examples += chosen
-            rows += [self._joined(around, len(used), generator)] * len(chosen)
-            own += [around] * len(chosen)
+            rows += [self._joined(around, about, len(used), generator)] * len(chosen)
+            own += [around if about == around else None] * len(chosen)
         tokens = [torch.cat([pool.prompts[index], pool.answers[index]]) for index in examples]
         starts = torch.tensor([len(pool.prompts[index]) for index in examples])[:, None]
         ends = torch.tensor([len(ids) for ids in tokens])[:, None]
@@ -214,8 +219,9 @@ class PoolBatches:
             tuple(own),
         ).to(self.states.device)
 
-    def _joined(self, own: int, count: int, generator: random.Random) -> tuple[int, ...]:
-        """A passage and up to `distractors` others of the same forward pass, in any order."""
-        most = min(self.recipe.data.distractors, count - 1)
-        others = generator.sample([place for place in range(count) if place != own], generator.randint(0, most))
-        return tuple(generator.sample([own, *others], 1 + len(others)))
+    def _joined(self, read: int, about: int | None, count: int, generator: random.Random) -> tuple[int, ...]:
+        """The passage `read` and up to `distractors` others of the same forward pass, in any order."""
+        candidates = [place for place in range(count) if place not in (read, about)]
+        most = min(self.recipe.data.distractors, len(candidates))
+        others = generator.sample(candidates, generator.randint(0, most))
+        return tuple(generator.sample([read, *others], 1 + len(others)))
