@@ -34,8 +34,19 @@ def run_tests(seconds: float, dry_run: bool) -> list[dict]:
     """Outcome, seconds and recorded figures of every test that ended within `seconds`."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "tests.xml"
-        # no file of settings and no fixtures of other tests: this one stands alone
-        command = [sys.executable, "-m", "pytest", "-q", "-c", os.devnull, "--rootdir", str(ROOT), "--noconftest"]
+        # no settings, no fixtures of other tests, and no root on the path, where kernels/ would shadow another package
+        command = [
+            sys.executable,
+            "-P",
+            "-m",
+            "pytest",
+            "-q",
+            "-c",
+            os.devnull,
+            "--noconftest",
+            "--rootdir",
+            str(ROOT),
+        ]
         command += ["-p", "no:cacheprovider", "-W", "ignore", f"--junitxml={report}", str(TESTS)]
         if not dry_run and importlib.util.find_spec("xdist"):
             # kernels are compiled on all cores

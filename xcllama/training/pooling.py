@@ -33,13 +33,15 @@ def make_pool(recipe: Recipe, held_out: int, label_free_groups: int = LABEL_FREE
     rows = read_source(recipe.run.evaluate_source, split="dev")
     held = list(islice((row for row in rows if row["answerable"]), held_out))
     sizes = [0, *(len(group) for _, group in groups)]
+    read, own = [group[0].passages[0] for _, group in groups], [group[0].own for _, group in groups]
+    used = {passage: place for place, passage in enumerate(dict.fromkeys(read + own))}
     return TokenPool(
-        passages=Ragged.of(prompts.context_ids(passage.text) for passage in passages),
+        passages=Ragged.of(prompts.context_ids(passages[index].text) for index in used),
         prompts=Ragged.of(ids for ids, _ in encoded),
         answers=Ragged.of(prompts.answer_ids(example.answer) for example in examples),
         questions=torch.tensor([(where.start, where.stop) for _, where in encoded]),
-        group_passages=torch.tensor([group[0].passages[0] for _, group in groups]),
-        group_own=torch.tensor([group[0].own for _, group in groups]),
+        group_passages=torch.tensor([used[index] for index in read]),
+        group_own=torch.tensor([used[index] for index in own]),
         group_offsets=torch.tensor(sizes).cumsum(0),
         weights=torch.tensor([weight for weight, _ in groups]),
         held_passages=Ragged.of(prompts.context_ids(row["contexts_list"][0]) for row in held),
@@ -52,7 +54,7 @@ def make_pool(recipe: Recipe, held_out: int, label_free_groups: int = LABEL_FREE
             "sources": sorted(recipe.data.sources),
             "held_out": recipe.run.evaluate_source,
             "vocabulary": len(prompts.tokenizer),
-            "passages": len(passages),
+            "passages": len(used),
             "examples": len(examples),
         },
     )
