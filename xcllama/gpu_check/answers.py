@@ -19,9 +19,9 @@ def held_out_answers(
     pool: TokenPool,
     decode: Callable[[Tensor], str],
     deadline: float,
-    count: int = 300,
+    count: int,
+    max_new_tokens: int,
     batch_size: int = 60,
-    max_new_tokens: int = 24,
 ) -> dict[str, Any]:
     """Greedy answers to the first `count` held-out questions, each read from its cached passage.
 

@@ -35,19 +35,8 @@ def run_tests(seconds: float, dry_run: bool) -> list[dict]:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "tests.xml"
         # no settings, no fixtures of other tests, and no root on the path, where kernels/ would shadow another package
-        command = [
-            sys.executable,
-            "-P",
-            "-m",
-            "pytest",
-            "-q",
-            "-c",
-            os.devnull,
-            "--noconftest",
-            "--rootdir",
-            str(ROOT),
-        ]
-        command += ["-p", "no:cacheprovider", "-W", "ignore", f"--junitxml={report}", str(TESTS)]
+        command = [sys.executable, *"-P -m pytest -q --noconftest -p no:cacheprovider -W ignore".split()]
+        command += ["-c", os.devnull, "--rootdir", str(ROOT), f"--junitxml={report}", str(TESTS)]
         if not dry_run and importlib.util.find_spec("xdist"):
             # kernels are compiled on all cores
             command += ["-n", str(max(1, min(8, (os.cpu_count() or 2) // 2)))]

@@ -46,6 +46,7 @@ class Sizes:
         batches: rows that read one context.
         question, new_tokens: tokens of each row.
         rounds: runs of each case.
+        compiled: modes whose later tokens are also timed as one graph.
     """
 
     contexts: tuple[int, ...] = (4096, 16384)
@@ -53,9 +54,10 @@ class Sizes:
     question: int = 24
     new_tokens: int = 16
     rounds: int = 3
+    compiled: tuple[str, ...] = tuple(RECIPES)
 
 
-DRY = Sizes(contexts=(40,), batches=(1, 2), question=5, new_tokens=3, rounds=1)
+DRY = Sizes(contexts=(40,), batches=(2,), question=5, new_tokens=2, rounds=1, compiled=("joint",))
 
 
 def check_model(options: Options) -> int:
@@ -108,7 +110,7 @@ class ModelCheck:
                 yield f"KV prefix, {batch} x {length}", partial(self.prefix, batch, length)
                 yield f"prompt, {batch} x {length}", partial(self.prompt, batch, length)
         for length in self.sizes.contexts:
-            for mode in self.models:
+            for mode in self.sizes.compiled:
                 for batch in self.sizes.batches:
                     yield f"{mode}, compiled, {batch} x {length}", partial(self.compiled, mode, batch, length)
 

@@ -50,7 +50,7 @@ def check_train(options: Options) -> int:
     log = options.output / "train_log.jsonl"
     log.unlink(missing_ok=True)
     seconds = options.left - (0 if options.dry_run else RESERVE_SECONDS)
-    most = 2 if options.dry_run else None
+    most = 1 if options.dry_run else None
     run = train_for(recipe, objective, batches, seconds, log, stopped=lambda: interruption.asked, max_steps=most)
     model, target = objective.model, options.output / "checkpoint"
     write_weights(recipe, model, target)
@@ -67,6 +67,7 @@ def check_train(options: Options) -> int:
         lambda ids: tokenizer.decode(ids, skip_special_tokens=True).strip(),
         options.deadline - LAST_SECONDS,
         QUESTIONS,
+        max_new_tokens=3 if options.dry_run else 24,
     )
     write_result(result, figures | {"held_out": held_out}, MEASURED, recipe.seed)
     print(
