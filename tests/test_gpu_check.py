@@ -73,19 +73,28 @@ def test_a_stopped_check_lets_its_part_end_and_starts_no_other(tmp_path, number)
     assert list(json.loads((tmp_path / "check.json").read_text())["parts"]) == ["kernels"]
 
 
-def test_training_that_is_stopped_exports_what_it_has(tmp_path, monkeypatch):
+def test_training_that_is_interrupted_exports_what_it_has(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     train = importlib.import_module("xcllama.gpu_check.train")
     options = importlib.import_module("xcllama.gpu_check.options").Options(
         tmp_path, time.monotonic() + 600, None, None, dry_run=True
     )
-    monkeypatch.setattr(train.signal, "signal", lambda *_: None)
-    asked = iter([False, True, True])
-    monkeypatch.setattr(train.Interruption, "asked", property(lambda self: next(asked), lambda self, value: None))
-    assert train.check_train(options) == 0
+
+    class Interrupting(train.PoolBatches):
+        def step(self, *arguments):
+            os.kill(os.getpid(), signal.SIGINT)
+            return super().step(*arguments)
+
+    monkeypatch.setattr(train, "PoolBatches", Interrupting)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        assert train.check_train(options) == 0
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     result = json.loads((tmp_path / "train.json").read_text())
     assert (result["ended"], result["steps"]) == ("stopped", 1)
-    assert (tmp_path / "checkpoint" / "model.safetensors").is_file()
+    assert (tmp_path / "checkpoint" / "cross_attention.safetensors").is_file()
     assert result["held_out"]["questions"] == 4
 
 
