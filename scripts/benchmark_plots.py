@@ -8,7 +8,7 @@ matplotlib.use("Agg")
 from benchmark_ratios import ratios
 from matplotlib import pyplot
 
-from xcllama.durable import durable
+from xcllama.durable import write_picture
 
 SHOWN = (
     "hidden 16-bit, file warm",
@@ -39,7 +39,7 @@ def draw(results: dict, folder: Path) -> None:
         axis.set_xticks(list(contexts), [f"{length:,}" for length in contexts], minor=False)
         axis.minorticks_off()
     axes[1].legend(fontsize=8)
-    _save(figure, folder / "benchmark_latency.png")
+    write_picture(folder / "benchmark_latency.png", figure)
     figure, axis = pyplot.subplots(figsize=(6, 4.2), layout="constrained")
     for field, style in (("file_bytes", "o-"), ("resident_bytes", "s--")):
         for name in SHOWN:
@@ -55,7 +55,7 @@ def draw(results: dict, folder: Path) -> None:
     axis.set_xticks(list(contexts), [f"{length:,}" for length in contexts], minor=False)
     axis.minorticks_off()
     axis.legend(fontsize=7)
-    _save(figure, folder / "benchmark_memory.png")
+    write_picture(folder / "benchmark_memory.png", figure)
     draw_ratios(results, folder)
 
 
@@ -70,10 +70,4 @@ def draw_ratios(results: dict, folder: Path) -> None:
         axis.plot([row["target"]] * 2, [position - 0.4, position + 0.4], color="tab:red")
     axis.set(xscale="log", title="ratios, and their targets in red")
     axis.invert_yaxis()
-    _save(figure, folder / "benchmark_ratios.png")
-
-
-def _save(figure, path: Path) -> None:
-    with durable(path) as file:
-        figure.savefig(file, dpi=120, format="png")
-    pyplot.close(figure)
+    write_picture(folder / "benchmark_ratios.png", figure)

@@ -8,6 +8,8 @@ import matplotlib
 matplotlib.use("agg")
 from matplotlib import pyplot
 
+from xcllama.durable import write_picture
+
 AXES = {
     "stored_bytes_per_token": "bytes a context token, stored",
     "resident_bytes_per_token": "bytes a context token, resident while reading",
@@ -46,7 +48,4 @@ def draw(figures: dict[str, Any], path: Path) -> None:
             panel.set_xscale("log")
     panels[0].set_ylabel("share of the prompt's gain, without training")
     panels[0].legend(fontsize=8, loc="lower right")
-    partial = path.with_name(f".{path.name}.partial")
-    figure.savefig(partial, dpi=120, format="png")
-    pyplot.close(figure)
-    partial.replace(path)
+    write_picture(path, figure)

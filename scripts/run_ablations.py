@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from xcllama.durable import durable
+from xcllama.durable import write_picture
 from xcllama.evaluation.comparison import Models, Settings, compare
 from xcllama.evaluation.tables import load_runs, summarize
 from xcllama.provenance import provenance, require_clean, write_result
@@ -118,9 +118,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     right.set(xlabel="loss of a held-out answer token")
     right.legend()
     figure.tight_layout()
-    with durable(path) as file:
-        figure.savefig(file, dpi=120, format="png")
-    pyplot.close(figure)
+    write_picture(path, figure)
 
 
 def main() -> int:

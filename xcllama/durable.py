@@ -48,6 +48,15 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
+def write_picture(path: Path, figure: Any) -> None:
+    """Write a figure of matplotlib as PNG in one move, and close it."""
+    from matplotlib import pyplot
+
+    with durable(path) as file:
+        figure.savefig(file, dpi=120, format="png")
+    pyplot.close(figure)
+
+
 @contextmanager
 def locked(path: Path, operation: int = fcntl.LOCK_EX) -> Iterator[bool]:
     """Hold the lock of a folder, or of a file that is made if needed.

@@ -8,7 +8,7 @@ import matplotlib
 matplotlib.use("agg")
 from matplotlib import pyplot
 
-from xcllama.durable import durable
+from xcllama.durable import write_picture
 
 # drawn as lines: they keep no context
 CLOSED_BOOK = ("none", "LoRA / none")
@@ -44,9 +44,7 @@ def draw(summary: dict[str, Any], path: Path) -> None:
             panel.set(title=task, ylabel="token F1", xscale="log", xlabel=label, ylim=(0, None))
             panel.grid(alpha=0.3)
     figure.legend(drawn.values(), drawn, loc="outside lower center", ncols=3, fontsize=7)
-    with durable(path) as file:
-        figure.savefig(file, dpi=120, format="png")
-    pyplot.close(figure)
+    write_picture(path, figure)
 
 
 def _draw_run(panel, run: dict[str, Any], size: str, color) -> Any:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from xcllama.durable import durable, write_json
+from xcllama.durable import write_json, write_picture
 from xcllama.training.loop import read_log
 
 
@@ -42,8 +42,6 @@ def write_curve(logs: list[Path], folder: Path, title: str) -> dict[str, Any]:
     axes.legend()
     axes.grid(alpha=0.3)
     figure.tight_layout()
-    with durable(folder / "curve.png") as file:
-        figure.savefig(file, dpi=120, format="png")
-    pyplot.close(figure)
+    write_picture(folder / "curve.png", figure)
     write_json(folder / "curve.json", curve)
     return curve

@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from xcllama.durable import write_text
 from xcllama.training.batch import Batch
 from xcllama.training.checkpoints import load_checkpoint, open_run, save_checkpoint
 from xcllama.training.recipe import OptimizationSection, Recipe
@@ -165,7 +166,7 @@ class RunLog:
         self.elapsed = 0.0
         if accelerator.is_main_process and self.path.is_file():
             kept = [line for line in read_log(self.path) if line["step"] <= start]
-            self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
             self.elapsed = max((line.get("seconds", 0.0) for line in kept), default=0.0)
 
     def add(self, loss: float, tokens: int) -> None:
