@@ -3,6 +3,8 @@
 RUN/recipe.json                     what the run computes; another recipe may not write here
 RUN/log.jsonl                       one line a logged step
 RUN/checkpoint-00000200/            weights.safetensors, optimizer.safetensors, state.json
+
+accelerate's `save_state` would pickle the optimizer and write the frozen base each time.
 """
 
 import json

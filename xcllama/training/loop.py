@@ -57,7 +57,10 @@ def make_accelerator(recipe: Recipe, folder: Path) -> Accelerator:
 
 
 def learning_rate_factor(step: int, optimization: OptimizationSection) -> float:
-    """Share of the peak learning rate at `step` (from 0): linear warm-up, then the schedule down to 0 at the end."""
+    """Share of the peak learning rate at `step` (from 0): linear warm-up, then the schedule down to 0 at the end.
+
+    A function, not one of transformers' schedules, which count: a resumed run is where it was, a timed one anywhere.
+    """
     warmup = max(1, round(optimization.warmup * optimization.steps))
     if step < warmup:
         return (step + 1) / warmup
