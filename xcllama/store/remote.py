@@ -145,10 +145,6 @@ class Snapshot:
                 path.unlink(missing_ok=True)
                 total -= status.st_blocks * 512
 
-    def cached_bytes(self) -> int:
-        """Bytes on this disk of what is kept."""
-        return sum(status.st_blocks * 512 for _, status in self._files())
-
     def _files(self) -> list[tuple[Path, os.stat_result]]:
         found = []
         for path in self.ranges.iterdir():
