@@ -282,6 +282,8 @@ def test_export_holds_what_a_reader_needs(make_recipe, precision, tmp_path):
         "curve.png",
         "recipe.yaml",
         "training.json",
+        # names the classes for Auto classes
+        "xcllama_classes.py",
     }
     assert "Held-out" not in readme(target, tmp_path)
     write_result(tmp_path / f"training_{recipe.name}.json", figures, [], recipe.seed)
