@@ -19,7 +19,7 @@ FLAGS = (
     "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync"
 ).split()
-PATIENCE = 180_000  # ms, on a machine that does other work as well
+PATIENCE = 600_000  # ms, on a machine that does other work as well
 TEXT = "The harbour of Milstead was built in 1812 by Ada Finch. It has two piers; a red light is on the longer one."
 
 
