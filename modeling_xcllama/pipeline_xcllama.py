@@ -134,7 +134,7 @@ class ContextQuestionAnsweringPipeline(Pipeline):
         if len(cache) != len(questions):
             cache, passages = cache.select([0] * len(questions)), passages * len(questions)
         # (question, passages that are read together)
-        together = num_passages is None or not isinstance(cache, ContextCache)
+        together = num_passages is None or not hasattr(cache, "states")
         readings = [
             (number, places)
             for number, own in enumerate(passages)
@@ -144,7 +144,8 @@ class ContextQuestionAnsweringPipeline(Pipeline):
         if not together:
             rows = tuple(tuple(cache.rows[number][place] for place in places) for number, places in readings)
             read = replace(cache, rows=rows)
-        prompts = dict(self.processor(text=[questions[number] for number, _ in readings], return_tensors="pt"))
+        inputs = self.processor(text=[questions[number] for number, _ in readings], return_tensors="pt")
+        prompts = {name: tensor.to(self.device) for name, tensor in inputs.items()}
         projected = self.model.model.resolve_context(read, None, None, len(readings))
         options = self._prepare_generate_kwargs(
             generate_kwargs or {}, return_dict_in_generate=True, output_scores=True
