@@ -157,8 +157,14 @@ def test_every_subcommand(corpus, checkpoint, tmp_path, monkeypatch):
 
 
 def test_errors_name_what_is_wrong(tmp_path, checkpoint):
-    with pytest.raises(ValueError, match="make one with `xcllama store add`"):
+    with pytest.raises(ValueError, match="make one with `xcllama store add STORE FOLDER`"):
         run("search", tmp_path / "none", "x")
+    # a folder of documents is no store, and stays as it is
+    (tmp_path / "papers").mkdir()
+    (tmp_path / "papers" / "a.txt").write_text("words")
+    with pytest.raises(ValueError, match="no store at .*papers; make one with"):
+        run("ask", tmp_path / "papers", "words", "--model", checkpoint)
+    assert [path.name for path in (tmp_path / "papers").iterdir()] == ["a.txt"]
     with pytest.raises(ValueError, match="no file or folder at"):
         run("add", tmp_path / "s", tmp_path / "none", "--model", checkpoint)
     (tmp_path / "bad.pdf").write_bytes(b"no pdf")

@@ -17,21 +17,37 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 K = Annotated[int, typer.Option("-k", min=1, help="Passages to find.")]
 
 
+def is_store(store: str) -> bool:
+    """Whether a folder is a store: one of documents, or an empty one, is none."""
+    from xcllama.store.catalogue import CATALOGUE_NAME
+
+    return any(Path(store).glob(f"ns=*/{CATALOGUE_NAME}"))
+
+
 def open_store(store: str, namespace: str | None, model=None, processor=None, **options):
+    """The store, or the snapshot, that is named.
+
+    Raises:
+        ValueError: there is none.
+    """
     from xcllama.store import ContextStore
     from xcllama.store.manifest import is_snapshot
 
-    if not is_snapshot(store) and not Path(store).is_dir():
-        raise ValueError(f"no store at {store}; make one with `xcllama store add`.")
+    if not is_snapshot(store) and not is_store(store):
+        raise ValueError(f"no store at {store}; make one with `xcllama store add STORE FOLDER`.")
     return ContextStore.open(store, model, processor, namespace, **options)
 
 
-def load(name: str | None, store: str, namespace: str | None):
-    """Model, processor and the model's name: as given, as the store says, or the repository's checkpoint."""
+def load(name: str | None, store: str, namespace: str | None, is_new: bool = False):
+    """Model, processor and the model's name: as given, as the store says, or the repository's checkpoint.
+
+    Args:
+        is_new: the store may be made now: its name is a folder's, never a snapshot's.
+    """
     from xcllama.models import load_for_command
     from xcllama.store.manifest import is_snapshot
 
-    if name is None and (is_snapshot(store) or Path(store).is_dir()):
+    if name is None and (is_store(store) or (not is_new and is_snapshot(store))):
         with open_store(store, namespace) as opened:
             name = opened.catalogue.meta["model"] or None
     name = name or (CHECKPOINT if Path(CHECKPOINT).is_dir() else None)

@@ -46,7 +46,7 @@ def add(
     files = find_files(paths)
     size = sum(path.stat().st_size for path in files.values())
     typer.echo(f"{len(files)} files, {size / 1e6:,.1f} MB", err=True)
-    encoder, processor, name = load(model, store, namespace)
+    encoder, processor, name = load(model, store, namespace, is_new=True)
     read = ReadReport()
     options = {"dtype": dtype, "max_bytes": max_bytes}
     with ContextStore(store, encoder, processor, namespace or "default", **options) as opened, _stoppable() as stopped:
