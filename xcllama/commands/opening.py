@@ -24,6 +24,18 @@ def is_store(store: str) -> bool:
     return any(Path(store).glob(f"ns=*/{CATALOGUE_NAME}"))
 
 
+def require_store(store: str) -> None:
+    """Refuse a name that is neither a store's nor, as far as the name tells, a snapshot's.
+
+    Raises:
+        ValueError: there is none.
+    """
+    from xcllama.store.manifest import is_snapshot
+
+    if not is_snapshot(store) and not is_store(store):
+        raise ValueError(f"no store at {store}; make one with `xcllama store add STORE FOLDER`.")
+
+
 def open_store(store: str, namespace: str | None, model=None, processor=None, **options):
     """The store, or the snapshot, that is named.
 
@@ -31,10 +43,8 @@ def open_store(store: str, namespace: str | None, model=None, processor=None, **
         ValueError: there is none.
     """
     from xcllama.store import ContextStore
-    from xcllama.store.manifest import is_snapshot
 
-    if not is_snapshot(store) and not is_store(store):
-        raise ValueError(f"no store at {store}; make one with `xcllama store add STORE FOLDER`.")
+    require_store(store)
     return ContextStore.open(store, model, processor, namespace, **options)
 
 
@@ -44,13 +54,14 @@ def load(name: str | None, store: str, namespace: str | None, is_new: bool = Fal
     Args:
         is_new: the store may be made now: its name is a folder's, never a snapshot's.
     """
-    from xcllama.models import load_for_command
-    from xcllama.store.manifest import is_snapshot
-
-    if name is None and (is_store(store) or (not is_new and is_snapshot(store))):
+    if not is_new:
+        require_store(store)
+    if name is None and (not is_new or is_store(store)):
         with open_store(store, namespace) as opened:
             name = opened.catalogue.meta["model"] or None
     name = name or (CHECKPOINT if Path(CHECKPOINT).is_dir() else None)
     if name is None:
         raise ValueError("nothing says which model encodes: name one with --model.")
+    from xcllama.models import load_for_command
+
     return *load_for_command(name), str(Path(name).absolute()) if Path(name).is_dir() else name
