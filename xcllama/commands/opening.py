@@ -17,10 +17,13 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 K = Annotated[int, typer.Option("-k", min=1, help="Passages to find.")]
 
 
-def is_store(store: str) -> bool:
-    """Whether a folder is a store: one of documents, or an empty one, is none."""
+def is_store(store: str, namespace: str | None = None) -> bool:
+    """Whether a folder is a store (with that namespace): one of documents, or an empty one, is none."""
     from xcllama.store.catalogue import CATALOGUE_NAME
+    from xcllama.store.opening import namespace_folder
 
+    if namespace is not None:
+        return (namespace_folder(store, namespace) / CATALOGUE_NAME).is_file()
     return any(Path(store).glob(f"ns=*/{CATALOGUE_NAME}"))
 
 
@@ -56,7 +59,7 @@ def load(name: str | None, store: str, namespace: str | None, is_new: bool = Fal
     """
     if not is_new:
         require_store(store)
-    if name is None and (not is_new or is_store(store)):
+    if name is None and (not is_new or is_store(store, namespace or "default")):
         with open_store(store, namespace) as opened:
             name = opened.catalogue.meta["model"] or None
     name = name or (CHECKPOINT if Path(CHECKPOINT).is_dir() else None)
