@@ -316,3 +316,11 @@ def test_smollm2_equals_hflm_with_the_contexts_in_its_prompt(mode):
         )
         scores.append([value for value, _ in found])
     assert scores[0] == pytest.approx(scores[1], abs=1e-4)
+
+
+def test_lm_evals_own_list_shows_our_tasks_offline():
+    words = [sys.executable, "-m", "lm_eval", "ls", "tasks", "--include_path", str(command.TASKS)]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    done = subprocess.run(words, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert all(name in done.stdout for name in ("xc_offline", "xc_squad_sample", "xc_repliqa"))
