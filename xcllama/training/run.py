@@ -41,6 +41,7 @@ def run_recipe(recipe: Recipe, folder: Path, resume: bool = False) -> nn.Module:
     set_seed(recipe.seed)
     accelerator = make_accelerator(recipe, folder)
     prompts = Prompts(load_processor(recipe))
+    logger.info("%s: reading the passages", recipe.name)
     passages = with_renamed(read_passages(recipe.data, recipe.seed), recipe.data.renamed, recipe.seed)
     context_ids = [prompts.context_ids(passage.text) for passage in passages]
     model = build_model(recipe)

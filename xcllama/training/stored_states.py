@@ -5,7 +5,6 @@ on with the first missing passage, and runs on the same passages share them.
 """
 
 import hashlib
-import logging
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -14,12 +13,11 @@ import torch
 from torch import Tensor
 
 from modeling_xcllama import ContextCache, XCLlamaForCausalLM
+from xcllama.progress import tracked
 from xcllama.store import ContextStore
 from xcllama.store.encoding import content_digest
 
-logger = logging.getLogger(__name__)
-
-PASSAGES_PER_COMMIT = 256
+PASSAGES_PER_COMMIT = 32
 
 
 class StoredStates(Sequence):
@@ -52,10 +50,10 @@ def store_states(
     missing = [name for name in named if name not in store]
     if missing and not is_main:
         raise ValueError(f"{len(missing)} passages are missing in {folder}; the main process writes them first.")
-    for start in range(0, len(missing), PASSAGES_PER_COMMIT):
+    commits = range(0, len(missing), PASSAGES_PER_COMMIT)
+    for start in tracked(commits, f"states of {len(missing):,} passages, commits"):
         names = missing[start : start + PASSAGES_PER_COMMIT]
         store.add_cache(names, [""] * len(names), _encode(model, [named[name] for name in names]))
-        logger.info("states of %d / %d passages", min(start + PASSAGES_PER_COMMIT, len(missing)), len(missing))
     return StoredStates(store, [content_digest(ids).hex() for ids in passages])
 
 
