@@ -17,7 +17,8 @@ from xcllama.progress import tracked
 from xcllama.store import ContextStore
 from xcllama.store.encoding import content_digest
 
-PASSAGES_PER_COMMIT = 32
+# encoded at once, and together in a file
+PASSAGES_AT_ONCE, PASSAGES_PER_COMMIT = 32, 256
 
 
 class StoredStates(Sequence):
@@ -50,10 +51,15 @@ def store_states(
     missing = [name for name in named if name not in store]
     if missing and not is_main:
         raise ValueError(f"{len(missing)} passages are missing in {folder}; the main process writes them first.")
-    commits = range(0, len(missing), PASSAGES_PER_COMMIT)
-    for start in tracked(commits, f"states of {len(missing):,} passages, commits"):
-        names = missing[start : start + PASSAGES_PER_COMMIT]
-        store.add_cache(names, [""] * len(names), _encode(model, [named[name] for name in names]))
+    batches = [missing[start : start + PASSAGES_AT_ONCE] for start in range(0, len(missing), PASSAGES_AT_ONCE)]
+    names: list[str] = []
+    caches: list[ContextCache] = []
+    for batch in tracked(batches, f"states of {len(missing):,} passages, batches"):
+        names += batch
+        caches.append(_encode(model, [named[name] for name in batch]))
+        if len(names) >= PASSAGES_PER_COMMIT or batch is batches[-1]:
+            store.add_cache(names, [""] * len(names), ContextCache.concat(caches))
+            names, caches = [], []
     return StoredStates(store, [content_digest(ids).hex() for ids in passages])
 
 
