@@ -130,7 +130,7 @@ def launch_options(**options) -> dict:
 
 def _documents(handlers: Handlers) -> Documents:
     """The right side: adding documents, switching them on and off, what they cost."""
-    files = gr.File(label="Upload txt, md, html, docx, epub or pdf (up to 5 MB)", file_count="multiple", height=140)
+    files = gr.File(label="txt, md, html, docx, epub or pdf, up to 5 MB", file_count="multiple", height=170)
     with gr.Accordion("Paste a text", open=False):
         name = gr.Textbox(label="Name", placeholder="pasted text", max_length=60)
         text = gr.Textbox(label="Text", lines=6, max_lines=12)
