@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo newcomer test test-portable test-slow test-browser space bench bench-quick lint style models fuzz kernels-inspect gpu-check train-small train-smoke evaluate-dev evaluate-test ablations publish-dry-run clean
+.PHONY: demo serve-demo newcomer test test-portable test-slow test-browser space bench bench-quick lint style models fuzz kernels-inspect gpu-check train-small train-smoke evaluate-dev evaluate-test ablations publish-dry-run clean
 
 # torch without CUDA, a tenth of the size, where there is no GPU and its index can be reached
 TORCH_INDEX = $(shell command -v nvidia-smi >/dev/null || { curl -sf -m 5 -o /dev/null \
@@ -32,6 +32,9 @@ demo: .venv/.demo
 # what a newcomer meets: the README's snippets, the commands on mixed files, questions with known answers; a quarter of an hour
 newcomer: models
 	$(BIN)/python scripts/newcomer.py --json results/newcomer.json
+
+serve-demo: models
+	$(BIN)/python scripts/serve_demo.py
 
 test: models
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -q

@@ -84,7 +84,7 @@ class ContextGenerationMixin:
         """`ContinuousMixin.generate_batch`, which reads no contexts.
 
         Raises:
-            ValueError: a context, which continuous batching would leave out.
+            ValueError: a context, which continuous batching would leave out; `xcllama serve` batches such rows.
         """
         self._refuse_contexts(kwargs, "`generate_batch` and paged caches read")
         return super().generate_batch(inputs, *args, **kwargs)
@@ -104,7 +104,7 @@ class ContextGenerationMixin:
         if given:
             raise ValueError(
                 f"{subject} no contexts, got `{given[0]}`: pass it to `generate`, where `cache.select([...])` names "
-                "the context of each row."
+                "the context of each row, or ask `xcllama serve`, whose rows join and leave at every step."
             )
 
     def _context_lookup(self, context: ProjectedContext | None, kwargs: dict) -> ContextLookup:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from serving_tables import replicas_table, serving_table
 from transformers import BertConfig
 
 from modeling_xcllama import XCLlamaConfig
@@ -397,6 +398,8 @@ TABLES = {
     "ablations": ablations_table,
     "reading_layers": reading_layers_table,
     "store": store_table,
+    "serving": serving_table,
+    "replicas": replicas_table,
     "speed": speed_table,
     "kernels": kernels_table,
     "newcomer": newcomer_table,

@@ -19,6 +19,7 @@ PACKAGES = {
     "xcllama_kernels": ROOT / "kernels" / "torch-ext" / "xcllama_kernels",
     "dataset_builders": ROOT / "dataset_builders",
     "xcllama.commands": ROOT / "xcllama" / "commands",
+    "xcllama.serving": ROOT / "xcllama" / "serving",
     "xcllama.store": ROOT / "xcllama" / "store",
     "xcllama.training": ROOT / "xcllama" / "training",
     "xcllama.evaluation": ROOT / "xcllama" / "evaluation",
@@ -34,11 +35,13 @@ ALLOWED = {
     "xcllama.store": {"modeling_xcllama"},
     "xcllama.commands": {
         "dataset_builders",
+        "xcllama.serving",
         "xcllama.store",
         "xcllama.training",
         "xcllama.evaluation",
         "xcllama.publishing",
     },
+    "xcllama.serving": {"modeling_xcllama", "xcllama.store"},
     "xcllama.training": {"modeling_xcllama", "dataset_builders", "xcllama.store"},
     "xcllama.evaluation": {"modeling_xcllama", "dataset_builders", "xcllama.store"},
     "xcllama.gpu_check": {

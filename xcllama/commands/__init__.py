@@ -10,6 +10,7 @@ from huggingface_hub import constants
 COMMANDS = {
     "store": ("xcllama.commands.store", "store", "Documents encoded once, searched, asked, looked after, shared."),
     "ask": ("xcllama.commands.ask", "store", "Answer a question from a store of documents, or say that they do not."),
+    "serve": ("xcllama.commands.serve", "serving", "An OpenAI-compatible server over a context store."),
     "fit": ("xcllama.commands.fit", "train", "Make a reader of cached contexts of any decoder, without training."),
     "train": ("xcllama.commands.train", "train", "Train a recipe and export what was trained."),
     "eval": ("xcllama.commands.eval", "eval", "lm-eval with this project's models and tasks; methods compared."),

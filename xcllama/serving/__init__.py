@@ -1,0 +1,1 @@
+"""An OpenAI-compatible server over context stores, in one process or on Ray Serve."""

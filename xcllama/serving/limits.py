@@ -1,0 +1,47 @@
+"""What stands before every route: the bound of a body, and the count of requests."""
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from .metrics import Metrics
+from .protocol import ApiError
+
+
+class Limits:
+    """ASGI middleware.
+
+    Args:
+        app: the application.
+        max_bytes: of a body; a longer one is refused when that much of it has come.
+        metrics: counts requests by route and status.
+    """
+
+    def __init__(self, app: ASGIApp, max_bytes: int, metrics: Metrics):
+        self.app, self.max_bytes, self.metrics = app, max_bytes, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        taken, status = 0, 500
+
+        async def bounded() -> Message:
+            nonlocal taken
+            message = await receive()
+            taken += len(message.get("body", b""))
+            if taken > self.max_bytes:
+                message = f"the body is longer than {self.max_bytes} bytes."
+                raise ApiError(413, message, code="body_too_large")
+            return message
+
+        async def noted(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self.app(scope, bounded, noted)
+        finally:
+            # the pattern of the route: what was asked for may name an id
+            route = getattr(scope.get("route"), "path", "other")
+            self.metrics.requests.labels(route, status).inc()
