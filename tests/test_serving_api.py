@@ -59,7 +59,7 @@ class Served:
         end = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < end
-            time.sleep(0.02)
+            time.sleep(0.1)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """`xcllama serve` as a process: refusals at the start, an answer that SIGTERM does not cut off."""
 
 import threading
+import time
 
 import httpx
 import openai
@@ -34,7 +35,7 @@ def test_sigterm_lets_answers_end(tmp_path, monkeypatch):
         document = {"id": "a", "text": "The lamp was lit in August."}
         assert httpx.post(f"{server.url}/v1/contexts", json=document, timeout=60).status_code == 202
         while httpx.get(f"{server.url}/v1/contexts/a", timeout=60).json()["status"] == "encoding":
-            pass
+            time.sleep(0.5)
         with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
             stream = client.chat.completions.create(
                 model="tiny-checkpoint",

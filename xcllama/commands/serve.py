@@ -38,11 +38,12 @@ def serve(
     """Serve until SIGTERM or SIGINT, which let running answers end."""
     from xcllama.models import load_model
     from xcllama.serving.engine import Settings
+    from xcllama.store.manifest import is_snapshot
 
     _check_host(host, keys)
     settings = Settings(
         # replicas run in folders of their own
-        str(Path(store).absolute()) if Path(store).is_dir() or "/" not in store else store,
+        store if is_snapshot(store) and not Path(store).is_dir() else str(Path(store).absolute()),
         name or Path(model).name,
         max_rows=rows,
         max_waiting=waiting,

@@ -1,5 +1,6 @@
 """A server in a process of its own: started, awaited, and ended as an operator would end it."""
 
+import http.client
 import signal
 import socket
 import subprocess
@@ -8,8 +9,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-
-import httpx
 
 # what a machine that does much else may take
 PATIENCE_SECONDS = 900.0
@@ -42,10 +41,10 @@ def running(arguments: Sequence[str]) -> Iterator[Running]:
     server = Running(f"http://127.0.0.1:{port}", subprocess.Popen(command))
     try:
         deadline = time.monotonic() + PATIENCE_SECONDS
-        while not _answers(server.url):
+        while not _answers(port):
             if server.process.poll() is not None or time.monotonic() > deadline:
                 raise ValueError(f"the server does not answer: {' '.join(command)}")
-            time.sleep(0.1)
+            time.sleep(0.3)
         yield server
     finally:
         if server.process.poll() is None:
@@ -53,8 +52,12 @@ def running(arguments: Sequence[str]) -> Iterator[Running]:
             server.process.wait()
 
 
-def _answers(url: str) -> bool:
+def _answers(port: int) -> bool:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
     try:
-        return httpx.get(f"{url}/healthz", timeout=10).status_code == 200
-    except httpx.TransportError:
+        connection.request("GET", "/healthz")
+        return connection.getresponse().status == 200
+    except (OSError, http.client.HTTPException):
         return False
+    finally:
+        connection.close()
