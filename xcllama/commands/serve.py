@@ -18,11 +18,13 @@ def serve(
     store: Annotated[str, typer.Option(help="Folder of a store, made if needed, or a snapshot: URL or Hub id.")],
     name: Annotated[str | None, typer.Option(help="Of the model, for clients; default: that of its folder.")] = None,
     host: Annotated[str, typer.Option(help="Beyond loopback only with --keys.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535)] = 8000,
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
     keys: Annotated[Path | None, typer.Option(help="File of API keys, a line each: KEY NAMESPACE [EXPIRES].")] = None,
     namespace: Annotated[str, typer.Option(help="Of the store, where there are no keys.")] = "default",
-    rows: Annotated[int, typer.Option(min=1, help="Answers that are decoded together.")] = 16,
-    waiting: Annotated[int, typer.Option(min=0, help="Answers that wait; more are refused with 429.")] = 64,
+    max_rows: Annotated[int, typer.Option("--rows", min=1, help="Answers that are decoded together.")] = 16,
+    max_waiting: Annotated[
+        int, typer.Option("--waiting", min=0, help="Answers that wait; more are refused with 429.")
+    ] = 64,
     max_prompt_tokens: Annotated[int, typer.Option(min=1)] = 1024,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 512,
     max_context_tokens: Annotated[int, typer.Option(min=1, help="That one request reads.")] = 32_768,
@@ -36,33 +38,29 @@ def serve(
     address: Annotated[str | None, typer.Option(help="Of a Ray cluster; default: one on this machine.")] = None,
 ) -> None:
     """Serve until SIGTERM or SIGINT, which let running answers end."""
-    from xcllama.models import load_model
-    from xcllama.serving.engine import Settings
-    from xcllama.store.manifest import is_snapshot
-
-    _check_host(host, keys)
-    settings = Settings(
-        # replicas run in folders of their own
-        store if is_snapshot(store) and not Path(store).is_dir() else str(Path(store).absolute()),
-        name or Path(model).name,
-        max_rows=rows,
-        max_waiting=waiting,
-        max_prompt_tokens=max_prompt_tokens,
-        max_new_tokens=max_new_tokens,
-        max_context_tokens=max_context_tokens,
-        context_bytes=context_bytes,
-        max_body_bytes=max_body_bytes,
-        max_seconds=max_seconds,
-    )
-    load = partial(load_model, str(Path(model).absolute()) if Path(model).is_dir() else model)
+    bounds = {one: value for one, value in locals().items() if one.startswith(("max_", "context_"))}
+    bounds.pop("max_replicas")
     if replicas is None and (max_replicas or address):
         raise ValueError("--max-replicas and --address are of Ray Serve: give --replicas too.")
+    _check_host(host, keys)
+    load, settings = _settings(model, store, name, bounds)
     if replicas is None:
         _serve_here(load, settings, keys, namespace, host, port)
     else:
         scale = (replicas, max(replicas, max_replicas or replicas))
         options = {"replicas": scale, "cpus": cpus, "gpus": gpus, "address": address, "keys": keys and keys.absolute()}
         _serve_on_ray(load, settings, namespace=namespace, host=host, port=port, **options)
+
+
+def _settings(model: str, store: str, name: str | None, bounds: dict) -> tuple:
+    from xcllama.models import load_model
+    from xcllama.serving.engine import Settings
+    from xcllama.store.manifest import is_snapshot
+
+    # replicas run in folders of their own
+    store = store if is_snapshot(store) and not Path(store).is_dir() else str(Path(store).absolute())
+    load = partial(load_model, str(Path(model).absolute()) if Path(model).is_dir() else model)
+    return load, Settings(store, name or Path(model).name, **bounds)
 
 
 def _check_host(host: str, keys: Path | None) -> None:

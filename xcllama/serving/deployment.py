@@ -205,23 +205,28 @@ def start(
         local = {} if address else {"include_dashboard": False, "object_store_memory": 200 << 20}
         ray.init(address=address, log_to_driver=False, **local)
     serve.start(http_options={"host": host, "port": port, "location": "HeadOnly"})
-    least, most = replicas
-    scaling = {"min_replicas": least, "max_replicas": most, "target_ongoing_requests": settings.max_rows}
-    patience = {"graceful_shutdown_timeout_s": settings.max_seconds + 5, "graceful_shutdown_wait_loop_s": 0.2}
-    engines = serve.deployment(Replica, name="replica").options(
-        autoscaling_config=scaling,
+    engines = _engines(settings, replicas, {"num_cpus": cpus, "num_gpus": gpus}).bind(load, settings)
+    front = serve.deployment(serve.ingress()(Front), name="front").options(
+        max_ongoing_requests=10_000, ray_actor_options={"num_cpus": 0}, **_patience(settings)
+    )
+    serve.run(front.bind(engines, settings, keys, namespace), name=APP, route_prefix="/")
+
+
+def _engines(settings: Settings, replicas: tuple[int, int], resources: dict) -> serve.Deployment:
+    scaling = dict(zip(("min_replicas", "max_replicas"), replicas, strict=True))
+    return serve.deployment(Replica, name="replica").options(
+        autoscaling_config=scaling | {"target_ongoing_requests": settings.max_rows},
         # as many as its scheduler takes: what is beyond goes to another replica
         max_ongoing_requests=settings.max_rows + settings.max_waiting,
         max_queued_requests=settings.max_waiting,
-        ray_actor_options={"num_cpus": cpus, "num_gpus": gpus},
+        ray_actor_options=resources,
         health_check_period_s=2,
-        **patience,
+        **_patience(settings),
     )
-    front = serve.deployment(serve.ingress()(Front), name="front").options(
-        max_ongoing_requests=10_000, ray_actor_options={"num_cpus": 0}, **patience
-    )
-    app = front.bind(engines.bind(load, settings), settings, keys, namespace)
-    serve.run(app, name=APP, route_prefix="/")
+
+
+def _patience(settings: Settings) -> dict:
+    return {"graceful_shutdown_timeout_s": settings.max_seconds + 5, "graceful_shutdown_wait_loop_s": 0.2}
 
 
 def stop() -> None:
