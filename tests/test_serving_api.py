@@ -39,7 +39,7 @@ class Served:
             store.add("secret-plan", "Beta turns the valve left at dawn.")
         (folder / "keys").write_text(KEYS)
         bounds = {"max_rows": 4, "max_prompt_tokens": 200, "max_new_tokens": 60, "context_bytes": 4 << 20} | bounds
-        bounds = {"max_context_tokens": 1000, "max_body_bytes": 20_000, "max_seconds": 60.0} | bounds
+        bounds = {"max_context_tokens": 1000, "max_body_bytes": 40_000, "max_seconds": 60.0} | bounds
         self.engine = Engine(self.model, self.processor, Settings(str(self.path), MODEL, **bounds))
         self.app = build_app(self.engine, self.engine.settings, Tenants(folder / "keys"))
 
@@ -220,7 +220,7 @@ REFUSED = {
     "an unknown context": (ask("?", contexts=["manual-99"]), 404, "context_not_found", "contexts"),
     "a context of beta": (ask("?", contexts=["secret-plan"]), 404, "context_not_found", "contexts"),
     "a long question": (ask("x" * 300), 400, "context_length_exceeded", "messages"),
-    "a huge body": (ask("x" * 30_000), 413, "body_too_large", None),
+    "a huge body": (ask("x" * 50_000), 413, "body_too_large", None),
 }
 
 
@@ -315,6 +315,7 @@ def test_documents_come_and_go(server):
         "no text": ({"json": {"id": "x", "text": ""}}, "invalid_value"),
         "a number": ({"json": {"id": 5, "text": "x"}}, "invalid_value"),
         "half a character": ({"content": b'{"id": "x", "text": "\\ud800"}'}, "invalid_json"),
+        "a long text": ({"json": {"id": "x", "text": "x" * 33_000}}, "context_length_exceeded"),
         "a namespace": ({"json": {"id": "x", "text": "x", "namespace": "beta"}}, "unsupported_parameter"),
     }
     for name, (body, code) in refused.items():
@@ -336,7 +337,7 @@ def test_what_cannot_be_encoded_says_so_until_it_is_deleted(server):
 def test_a_full_queue_is_refused_and_a_client_that_goes_away_frees_its_row(server):
     scheduler = server.engine.scheduler
     server.wait_for(lambda: not scheduler.running)
-    scheduler.max_waiting, held = 0, scheduler.max_waiting
+    scheduler.max_waiting, held = -scheduler.max_rows, scheduler.max_waiting
     try:
         response = server.post(ask("?"))
         assert (response.status_code, response.json()["error"]["code"]) == (429, "queue_full")
@@ -376,6 +377,47 @@ def test_many_clients_get_their_own_answers(server, client):
         thread.join()
     for number, (question, documents) in enumerate(questions):
         assert answers[number] == server.expected(question, documents, 12)
+
+
+def test_slow_readers_keep_nobody_waiting(server, client):
+    """200 clients that ask and do not read: another one is answered, and they are when they read."""
+    scheduler = server.engine.scheduler
+    scheduler.max_waiting, held = 400, scheduler.max_waiting
+    body = json.dumps(ask("?", max_tokens=2, stream=True)).encode()
+    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nAuthorization: Bearer sk-alpha\r\n"
+    host, port = server.url.removeprefix("http://").split(":")
+    slow = [socket.create_connection((host, int(port))) for _ in range(200)]
+    try:
+        for connection in slow:
+            connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        answer = client.chat.completions.create(**ask("Which way?"), extra_body={"contexts": ["manual-1"]})
+        assert answer.choices[0].message.content == server.expected("Which way?", ["manual-1"], 12)
+        for connection in slow:
+            text = b""
+            while part := connection.recv(64):
+                text += part
+            assert text.startswith(b"HTTP/1.1 200")
+            assert b"data: [DONE]" in text
+    finally:
+        scheduler.max_waiting = held
+        for connection in slow:
+            connection.close()
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(tmp_path):
+    one = Served(tmp_path, max_seconds=0.3)
+    with served(one.app) as url:
+        host, port = url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port))) as connection:
+            head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer sk-alpha\r\n"
+            connection.sendall(f"{head}Content-Length: 100\r\n\r\n{{".encode())
+            assert connection.recv(100).startswith(b"HTTP/1.1 408")
+        # an answer that takes longer than a request may
+        headers = {"Authorization": "Bearer sk-alpha"}
+        one.engine.scheduler.step = lambda step=one.engine.scheduler.step: (time.sleep(0.1), step())
+        late = httpx.post(f"{url}/v1/chat/completions", json=ask("?", max_tokens=60), headers=headers, timeout=60)
+        assert (late.status_code, late.json()["error"]["code"]) == (504, "timeout")
+    one.engine.close()
 
 
 def test_a_stopped_server_goes_on_with_what_it_accepted(tmp_path):

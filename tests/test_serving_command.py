@@ -1,7 +1,10 @@
 """`xcllama serve` as a process: refusals at the start, an answer that SIGTERM does not cut off."""
 
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import httpx
 import openai
@@ -11,6 +14,8 @@ from typer.testing import CliRunner
 
 from xcllama.commands.serve import app
 from xcllama.serving.running import running
+
+DEMO = Path(__file__).resolve().parent.parent / "scripts" / "serve_demo.py"
 
 
 @pytest.mark.parametrize(
@@ -56,3 +61,12 @@ def test_sigterm_lets_answers_end(tmp_path, monkeypatch):
         assert server.process.returncode == 0
         with pytest.raises(httpx.TransportError):
             httpx.get(f"{server.url}/healthz")
+
+
+def test_the_demo_answers_from_smollm2(smollm2_folder):
+    """`make serve-demo`: three questions about the passages, answered, and a server that ends by itself."""
+    done = subprocess.run([sys.executable, str(DEMO)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("context tokens, first token after") == 3
+    assert done.stdout.count("characters") == 3
+    assert "the server has stopped" in done.stdout

@@ -152,7 +152,7 @@ def test_rows_wait_for_contexts_to_leave(tiny):
 
 def test_bounds_and_rows_that_nobody_waits_for(tiny):
     rows = Rows(*tiny)
-    scheduler = scheduler_of(rows.model, max_rows=2, max_waiting=3)
+    scheduler = scheduler_of(rows.model, max_rows=2, max_waiting=1)
     first, second, third = (rows.row("Where?", (0,), Sampling(40)) for _ in range(3))
     scheduler.submit([first, second, third])
     with pytest.raises(QueueFullError):
@@ -162,6 +162,8 @@ def test_bounds_and_rows_that_nobody_waits_for(tiny):
     first.cancelled = True
     scheduler.step()
     assert scheduler._running == [second, third]
+    with pytest.raises(QueueFullError):
+        scheduler.submit([rows.row("Where?", (0,), Sampling(40)) for _ in range(2)])
     second.deadline = 0
     scheduler.step()
     assert scheduler._running == [third]

@@ -28,6 +28,8 @@ from .tenants import Tenants
 from .uploads import Uploads
 
 LISTED = 1000
+# no text has as many: what has more is refused before its tokens are counted
+CHARACTERS_PER_TOKEN = 32
 
 
 class Backend(Protocol):
@@ -72,7 +74,8 @@ def build_app(backend: Backend, settings: Settings, tenants: Tenants) -> FastAPI
     app.state.backend, app.state.settings, app.state.tenants = backend, settings, tenants
     app.state.uploads, app.state.metrics = Uploads(waiting, backend.add, settings.max_uploads), Metrics()
     app.state.created = int(time.time())
-    app.add_middleware(Limits, max_bytes=settings.max_body_bytes, metrics=app.state.metrics)
+    bounds = {"max_bytes": settings.max_body_bytes, "max_seconds": settings.max_seconds}
+    app.add_middleware(Limits, **bounds, metrics=app.state.metrics)
     for kind in (ApiError, HTTPException, Exception):
         app.add_exception_handler(kind, _refusal)
     return app
@@ -233,6 +236,10 @@ async def add_context(request: Request, namespace: Namespace) -> Response:
         wanted = await _uploaded(request)
     else:
         wanted = parse(ContextRequest, await request.body())
+    most = CHARACTERS_PER_TOKEN * request.app.state.settings.max_context_tokens
+    if len(wanted.text) > most:
+        message = f"the text has {len(wanted.text)} characters, at most {most} are taken: split it."
+        raise ApiError(400, message, code="context_length_exceeded", param="text")
     request.app.state.uploads.submit(namespace, wanted)
     body = _context({"id": wanted.id, "status": "encoding", "error": None})
     return JSONResponse(body, 202)

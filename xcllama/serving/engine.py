@@ -157,7 +157,7 @@ class Engine:
         """The passages that fit a question best."""
         if not question.strip():
             raise ApiError(400, "`retrieve` needs words in the question.", code="invalid_value", param="messages")
-        return await asyncio.to_thread(self.store(namespace).search, question, k)
+        return await asyncio.to_thread(lambda: self.store(namespace).search(question, k))
 
     async def chat(self, namespace: str, chat: ChatRequest, documents: Sequence[str | Hit]) -> AsyncIterator[dict]:
         """Answer from documents: events with what each choice has grown by, and at the end the usage.
@@ -226,22 +226,11 @@ class Engine:
         return event
 
     def _plan(self, namespace: str, chat: ChatRequest, documents: Sequence[str | Hit]) -> _Plan:
-        settings = self.settings
         if chat.decline and self.model.config.answer_threshold is None:
-            raise ApiError(
-                400, "this model has no `answer_threshold`: leave out `decline`.", "invalid_value", "decline"
-            )
+            raise _refused("this model has no `answer_threshold`: leave out `decline`.", "decline")
         if chat.evidence and not self.processor.context_tokenizer.is_fast:
-            raise ApiError(400, "this model cannot say `evidence`: leave it out.", "invalid_value", "evidence")
-        system, history, question = chat.turns()
-        (prompt,) = self.processor(text=[question], history=[history], system=system)["input_ids"]
-        if len(prompt) > settings.max_prompt_tokens:
-            message = f"the messages have {len(prompt)} tokens, at most {settings.max_prompt_tokens} are taken."
-            raise ApiError(400, message, code="context_length_exceeded", param="messages")
-        most = chat.max_tokens or chat.max_completion_tokens or 0
-        if most > settings.max_new_tokens:
-            message = f"`max_tokens` must be at most {settings.max_new_tokens}, got {most}."
-            raise ApiError(400, message, code="invalid_value", param="max_tokens")
+            raise _refused("this model cannot say `evidence`: leave it out.", "evidence")
+        prompt = self._prompt(chat)
         if not documents:
             return _Plan(prompt, None, None, 0, [])
         store = self.store(namespace)
@@ -259,10 +248,25 @@ class Engine:
             raise ApiError(404, f"no context {names}.", code="context_not_found", param="contexts") from None
         cache = cache.join([range(len(cache))])
         (tokens,) = cache.lengths
-        if tokens > settings.max_context_tokens:
-            message = f"the contexts have {tokens} tokens, at most {settings.max_context_tokens} are read at once."
-            raise ApiError(400, message, code="context_length_exceeded", param="contexts")
+        if tokens > self.settings.max_context_tokens:
+            most = self.settings.max_context_tokens
+            message = f"the contexts have {tokens} tokens, at most {most} are read at once."
+            raise _refused(message, "contexts", "context_length_exceeded")
         return _Plan(prompt, content_name(namespace, cache) if tokens else None, cache, tokens, passages)
+
+    def _prompt(self, chat: ChatRequest) -> list[int]:
+        settings = self.settings
+        most = chat.max_tokens or chat.max_completion_tokens or 0
+        if most > settings.max_new_tokens:
+            raise _refused(f"`max_tokens` must be at most {settings.max_new_tokens}, got {most}.", "max_tokens")
+        system, history, question = chat.turns()
+        if system is not None and not self.processor.tokenizer.chat_template:
+            raise _refused("this model takes no system message: leave it out.", "messages")
+        (prompt,) = self.processor(text=[question], history=[history], system=system)["input_ids"]
+        if len(prompt) > settings.max_prompt_tokens:
+            message = f"the messages have {len(prompt)} tokens, at most {settings.max_prompt_tokens} are taken."
+            raise _refused(message, "messages", "context_length_exceeded")
+        return prompt
 
     def _evidence(self, weights, passages: list[tuple[str, int, str]]) -> list[dict]:
         texts = [text for _, _, text in passages]
@@ -310,7 +314,7 @@ class Engine:
         """The context `name`, or those whose ids come after `after`: id, tokens, passages."""
         condition, value = ("id > ?", after) if name is None else ("id = ?", name)
         query = LISTED.format(condition=condition)
-        rows = await asyncio.to_thread(self.store(namespace).catalogue.rows, query, (value, limit))
+        rows = await asyncio.to_thread(lambda: self.store(namespace).catalogue.rows(query, (value, limit)))
         return [dict(zip(("id", "tokens", "passages"), row, strict=True)) for row in rows]
 
     async def delete(self, namespace: str, name: str) -> bool:
@@ -320,7 +324,7 @@ class Engine:
             ApiError: 409, it is pinned.
         """
         try:
-            await asyncio.to_thread(self.store(namespace).evict, name)
+            await asyncio.to_thread(lambda: self.store(namespace).evict(name))
         except MissingDocumentError:
             return False
         except ValueError as error:
@@ -337,6 +341,10 @@ class Engine:
             "context_evictions": self.resident.evictions,
             "steps": self.scheduler.steps,
         }
+
+
+def _refused(message: str, param: str, code: str = "invalid_value") -> ApiError:
+    return ApiError(400, message, code, param)
 
 
 def usage(prompt_tokens: int, context_tokens: int, new_tokens: int) -> dict:

@@ -136,7 +136,7 @@ class Scheduler:
         model: in eval mode.
         max_rows: decoded together.
         max_length: tokens of a prompt and its answer.
-        max_waiting: rows that wait for one of `max_rows`.
+        max_waiting: rows that wait beside them.
         contexts: the resident ones.
 
     Raises:
@@ -171,7 +171,8 @@ class Scheduler:
             QueueFullError: too many wait, or the scheduler is being closed.
         """
         with self._changed:
-            if self._closing or not self.alive or len(self._waiting) + len(rows) > self.max_waiting:
+            taken = len(self._waiting) + len(self._running) + len(rows)
+            if self._closing or not self.alive or taken > self.max_rows + self.max_waiting:
                 raise QueueFullError
             self._waiting.extend(rows)
             self._changed.notify()

@@ -11,6 +11,8 @@ from .protocol import ApiError, ContextRequest
 
 logger = logging.getLogger(__name__)
 
+KEPT_FAILURES = 1000
+
 
 class Uploads:
     """What was accepted and is not in the store yet, or could not be encoded.
@@ -97,6 +99,9 @@ class Uploads:
             logger.warning(f"a context was not encoded: {error.message}")
             record |= {"status": "failed", "error": error.message, "text": ""}
             self._write(record)
+            failed = [one for one in self._records.values() if one["status"] == "failed"]
+            for old in failed[:-KEPT_FAILURES]:
+                self._drop(old)
         else:
             self._drop(record)
 
