@@ -101,9 +101,10 @@ def _serve_on_ray(load, settings, **options) -> None:
     from xcllama.serving.deployment import start, stop
 
     asked = threading.Event()
+    start(load, settings, **options)
+    # after Ray's own handlers, which end this process at once
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: asked.set())
-    start(load, settings, **options)
     typer.echo(f"serving {settings.model_name} at http://{options['host']}:{options['port']}/v1", err=True)
     asked.wait()
     stop()
