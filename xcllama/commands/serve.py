@@ -53,13 +53,13 @@ def serve(
 
 
 def _settings(model: str, store: str, name: str | None, bounds: dict) -> tuple:
-    from xcllama.models import load_model
+    from xcllama.models import load_for_command
     from xcllama.serving.engine import Settings
     from xcllama.store.manifest import is_snapshot
 
     # replicas run in folders of their own
     store = store if is_snapshot(store) and not Path(store).is_dir() else str(Path(store).absolute())
-    load = partial(load_model, str(Path(model).absolute()) if Path(model).is_dir() else model)
+    load = partial(load_for_command, str(Path(model).absolute()) if Path(model).is_dir() else model)
     return load, Settings(store, name or Path(model).name, **bounds)
 
 

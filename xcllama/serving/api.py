@@ -17,8 +17,8 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, StreamingResponse
 
 from modeling_xcllama.answer_scores import NOT_FOUND
+from xcllama.documents import read_file
 from xcllama.store import Hit
-from xcllama.store.documents import read_file
 
 from .engine import Settings, usage
 from .limits import Limits
