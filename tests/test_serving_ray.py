@@ -20,6 +20,8 @@ from xcllama.serving.deployment import APP, start, stop
 from xcllama.serving.engine import Settings
 from xcllama.store import ContextStore
 
+# Ray's workers give way to everything else on the machine, so that beside a busy one they hardly start
+os.environ.setdefault("RAY_worker_niceness", "0")
 MODEL, CLIENTS, NUM_TOKENS = "tiny", 32, 8
 QUESTIONS = [(f"Question {n}?", sorted({f"manual-{n % 8}", f"manual-{n * 5 % 8}"})) for n in range(16)]
 

@@ -4,9 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from tokenizers.decoders import DecodeStream
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast, TemperatureLogitsWarper, TopPLogitsWarper
+from transformers import PreTrainedTokenizerBase, TemperatureLogitsWarper, TopPLogitsWarper
 
 from modeling_xcllama.answer_scores import answer_score
 
@@ -57,24 +56,18 @@ class Answer:
     """The tokens of one answer and their text.
 
     Args:
-        tokenizer: a fast one.
+        tokenizer: of the decoder.
         end_tokens: ids that end an answer.
         sampling: how tokens are chosen.
-        unanswerable_token: of the model's config.
     """
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerFast,
-        end_tokens: Sequence[int],
-        sampling: Sampling,
-        unanswerable_token: int | None = None,
-    ):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, end_tokens: Sequence[int], sampling: Sampling):
         self.tokens: list[int] = []
         self._tokenizer, self._end_tokens, self._sampling = tokenizer, frozenset(end_tokens), sampling
-        self._stream, self._decoded, self._held = DecodeStream(skip_special_tokens=True), "", ""
+        # tokens up to `_read` are text; those from `_window` on are decoded again with what follows them
+        self._window, self._read, self._decoded, self._held = 0, 0, "", ""
         self._logprobs_of_tokens: list[float] = []
-        self._unanswerable_token, self._unanswerable, self._generator = unanswerable_token, 0.0, None
+        self._generator: torch.Generator | None = None
         self._warpers = []
         if sampling.temperature:
             self._generator = torch.Generator()
@@ -93,8 +86,6 @@ class Answer:
                 warped = warper(None, warped)
             token = int(torch.multinomial(warped[0].softmax(-1).cpu(), 1, generator=self._generator))
         normalizer = scores.logsumexp(-1)
-        if not self.tokens and self._unanswerable_token is not None:
-            self._unanswerable = float((scores[self._unanswerable_token] - normalizer).exp())
         self._logprobs_of_tokens.append(float(scores[token] - normalizer))
         self.tokens.append(token)
         logprobs = None
@@ -102,7 +93,7 @@ class Answer:
             logprobs = [self._logprobs(token, scores - normalizer)]
         if token in self._end_tokens:
             return self._last(Piece(logprobs=logprobs, finish_reason="stop"))
-        delta = self._stream.step(self._tokenizer.backend_tokenizer, token) or ""
+        delta = self._new_text()
         self._decoded += delta
         piece = Piece(self._unheld(delta), logprobs)
         if piece.text is None:
@@ -116,7 +107,19 @@ class Answer:
     @property
     def score(self) -> float:
         """How sure the answer is, by its tokens so far."""
-        return answer_score(torch.tensor(self._logprobs_of_tokens), self._unanswerable)
+        return answer_score(torch.tensor(self._logprobs_of_tokens))
+
+    def _decode(self, tokens: list[int]) -> str:
+        return self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def _new_text(self) -> str:
+        """What the tokens say that were not read yet; nothing where they may end within a character."""
+        text = self._decode(self.tokens[self._window :])
+        if text.endswith("\ufffd"):
+            return ""
+        known = self._decode(self.tokens[self._window : self._read])
+        self._window, self._read = self._read, len(self.tokens)
+        return text[len(known) :]
 
     def _unheld(self, delta: str) -> str | None:
         """The text that can be shown; None: a stop string is there, and what comes before it is held."""
@@ -133,8 +136,8 @@ class Answer:
         return text[: len(text) - keep]
 
     def _last(self, piece: Piece) -> Piece:
-        """The last piece, with what the stream still holds: parts of characters, beginnings of stop strings."""
-        whole = self._tokenizer.decode(self.tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        """The last piece, with what was still held: parts of characters, beginnings of stop strings."""
+        whole = self._decode(self.tokens)
         rest = whole[len(self._decoded) :] if whole.startswith(self._decoded) else ""
         shown = self._unheld(rest)
         piece.text += self._held if shown is None else shown + self._held

@@ -112,7 +112,7 @@ class ResidentContexts:
         self.max_tokens = self.max_bytes * tokens // context.nbytes
 
         def make(tensor: Tensor) -> Tensor:
-            # laid out as attention reads it fastest: by head, or by channel
+            # laid out as the projection gives it, which is how attention reads it fastest
             order = sorted(range(tensor.dim()), key=lambda dim: -tensor.stride(dim))
             shape = (self.max_tokens, *tensor.shape[1:])
             return torch.empty_permuted(shape, order, dtype=tensor.dtype, device=tensor.device)

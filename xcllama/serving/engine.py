@@ -86,16 +86,14 @@ class Engine:
     """Answers questions and encodes documents; the scheduler has a thread of its own.
 
     Args:
-        model, processor: in eval mode; with a fast tokenizer.
+        model, processor: in eval mode.
         settings: of the server.
 
     Raises:
-        ValueError: a slow tokenizer, or bounds that do not fit the model.
+        ValueError: bounds that do not fit the model.
     """
 
     def __init__(self, model, processor, settings: Settings):
-        if not processor.tokenizer.is_fast:
-            raise ValueError("serving needs a fast tokenizer: a slow one cannot stream text.")
         self.model, self.processor, self.settings = model, processor, settings
         most = settings.context_bytes // bytes_per_token(model)
         if settings.max_context_tokens > most:
@@ -169,8 +167,7 @@ class Engine:
         loop, queue = asyncio.get_running_loop(), asyncio.Queue()
         rows = []
         for choice in range(chat.n):
-            sampling, unanswerable = self._sampling(chat, choice), self.model.config.unanswerable_token_id
-            answer = Answer(self.processor.tokenizer, self._end_tokens, sampling, unanswerable)
+            answer = Answer(self.processor.tokenizer, self._end_tokens, self._sampling(chat, choice))
 
             def emit(piece: Piece, choice: int = choice) -> None:
                 loop.call_soon_threadsafe(queue.put_nowait, (choice, piece))
