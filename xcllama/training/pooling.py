@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Iterator
-from itertools import islice, product
+from itertools import islice
 
 import torch
 
@@ -65,14 +65,12 @@ def _groups(plan: ExamplePlan, label_free_groups: int) -> Iterator[tuple[float, 
     recipe = plan.recipe
     tasks = {task: weight / sum(recipe.data.tasks.values()) for task, weight in recipe.data.tasks.items() if weight}
     sources = sum(plan.source_weights.values())
-    # questions that read another passage in one draw read their own in the other
-    draws = 2 if recipe.data.unanswerable else 1
     for source, weight in plan.source_weights.items() if "answer" in tasks else ():
         asked = plan.asked[source]
-        share = tasks["answer"] * weight / sources / len(asked) / draws
-        for index, draw in product(asked, range(draws)):
+        share = tasks["answer"] * weight / sources / len(asked)
+        for index in asked:
             everything = len(plan.passages[index].questions)
-            yield share, plan.examples(f"answer:{source}", index, f"pool:{source}:{index}:{draw}", everything)
+            yield share, plan.examples(f"answer:{source}", index, f"pool:{source}:{index}", everything)
     generator = random.Random(f"{recipe.seed}:pool")
     label_free, size = [task for task in tasks if task != "answer"], recipe.optimization.questions_per_passage
     for task in label_free:
