@@ -87,6 +87,15 @@ def test_one_folder_serves_every_dtype(lm, tmp_path, monkeypatch):
     assert full.get_model_info()["contexts_encoded"] == 0
 
 
+def test_cut_contexts_never_serve_as_whole_ones(lm, tmp_path):
+    folder = str(tmp_path / "kept")
+    cut = lm(context_cache_dir=folder, truncation=True)
+    cut.processor.context_max_length = 8
+    whole, alone = lm(context_cache_dir=folder), lm()
+    assert cut.loglikelihood(choices()) != alone.loglikelihood(choices())
+    assert whole.loglikelihood(choices()) == alone.loglikelihood(choices())
+
+
 def test_a_folder_of_another_model_is_refused(lm, tmp_path):
     lm(context_cache_dir=str(tmp_path / "kept")).generate_until(generation())
     other = XCLlamaForCausalLM.from_decoder(save_base(tmp_path / "other", seed=9), context_layer=2)

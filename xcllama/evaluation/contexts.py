@@ -99,9 +99,9 @@ class ContextPool:
     ):
         if dtype not in CACHE_DTYPES:
             raise ValueError(f"`cache_dtype` must be one of {', '.join(CACHE_DTYPES)}, got {dtype!r}.")
-        self.model, self.rank, self.gather = model, rank, gather
+        self.model, self.truncation, self.rank, self.gather = model, truncation, rank, gather
         self.dtype = str(model.dtype).removeprefix("torch.") if dtype == "auto" else dtype
-        self._processor = partial(processor, truncation=truncation)
+        self.processor, self._processor = processor, partial(processor, truncation=truncation)
         # all that a store asks of it besides
         self._processor.template_version = processor.template_version
         # of all processes
@@ -118,6 +118,10 @@ class ContextPool:
         except ValueError as error:
             raise ValueError(f"`context_cache_dir` does not serve this model: {error}") from error
 
+    def _id(self, text: str) -> str:
+        # what was cut is another document than the whole, or than what was cut elsewhere
+        return text_digest(f"{self.processor.context_max_length}: {text}" if self.truncation else text)
+
     def fetch(self, texts: Iterable[str]) -> set[str]:
         """Have states of each of `texts`; returns those that had to be encoded now.
 
@@ -126,7 +130,7 @@ class ContextPool:
         if self.store is None:
             self.store = self._open(self.gather([self._scratch.name])[0])
         store, wanted = self.store, set(texts)
-        missing = {text for text in wanted if text_digest(text) not in store}
+        missing = {text for text in wanted if self._id(text) not in store}
         self.loaded |= set(self.gather(sorted(wanted - missing)))
         wanted_by: dict[str, list[int]] = {}
         for rank, text in self.gather([(self.rank, text) for text in sorted(missing)]):
@@ -138,23 +142,23 @@ class ContextPool:
         self.encoded |= set(wanted_by)
         self.gather([])
         # what another machine encoded is in its own folder
-        self._encode(sorted(text for text in missing if text_digest(text) not in store))
+        self._encode(sorted(text for text in missing if self._id(text) not in store))
         return missing
 
     def _encode(self, texts: list[str]) -> None:
         if texts:
-            self.store.add(map(text_digest, texts), texts, progress=False)
+            self.store.add(map(self._id, texts), texts, progress=False)
 
     def rows(self, requests: Sequence[Texts]):
         """One cache with a row for each of `requests` (tuples of texts that were fetched)."""
         distinct = list(dict.fromkeys(text for texts in requests for text in texts))
         place = {text: index for index, text in enumerate(distinct)}
-        cache = convert(self.store.get([text_digest(text) for text in distinct]), self.dtype).to(self.model.device)
+        cache = convert(self.store.get([self._id(text) for text in distinct]), self.dtype).to(self.model.device)
         return cache.join([[place[text] for text in texts] for texts in requests])
 
     def size(self, texts: Texts) -> tuple[int, int]:
         """(tokens, bytes of the states as they are read) of some contexts."""
-        ids = [text_digest(text) for text in texts]
+        ids = [self._id(text) for text in texts]
         tokens = sum(place.tokens for name in ids for place in self.store.catalogue.locate(name))
         if self.bytes_per_token is None:
             self.bytes_per_token = convert(self.store.get(ids[:1]), self.dtype).bytes_per_token
