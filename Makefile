@@ -79,10 +79,11 @@ style: .venv/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# ten minutes; ends with an error on a finding
+# twelve minutes; ends with an error on a finding
 fuzz: .venv/.installed
 	$(BIN)/pip install -q -c constraints.txt -e ".[fuzz]"
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/fuzz_context_cache.py --seconds 600 --output results/fuzz_context_cache.json
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/fuzz_inputs.py --seconds 120 --output results/fuzz_inputs.json
 
 # compiles for four chips, no GPU needed; what was compiled from the same code before is not compiled again
 kernels-inspect: .venv/.installed

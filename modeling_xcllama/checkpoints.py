@@ -34,12 +34,18 @@ from xcllama.models import ContextQuestionAnsweringPipeline, XCLlamaConfig, XCLl
 __all__ = ["ContextQuestionAnsweringPipeline", "XCLlamaConfig", "XCLlamaForCausalLM", "XCLlamaProcessor"]
 '''
 
+# what `make models` puts into the cache folder; of another owner the name alone would be the same
+FETCHED = ("HuggingFaceTB/SmolLM2-135M-Instruct", "sentence-transformers/all-MiniLM-L6-v2")
+
 
 def find_model(name_or_path: str) -> str:
-    """A folder for a Hub id where one was fetched (`make models`), else the id as it is."""
+    """A folder for one of `FETCHED`, with or without its owner, where it was fetched; else the id or path as it is."""
     cache = Path(os.environ.get("XCLLAMA_CACHE") or Path.home() / ".cache" / "xcllama")
-    local = cache / "models" / Path(name_or_path).name
-    return str(local) if not Path(name_or_path).exists() and local.exists() else name_or_path
+    if name_or_path in {name for repo_id in FETCHED for name in (repo_id, repo_id.rpartition("/")[2])}:
+        local = cache / "models" / name_or_path.rpartition("/")[2]
+        if not Path(name_or_path).exists() and local.exists():
+            return str(local)
+    return name_or_path
 
 
 def is_added_weights(folder: str | os.PathLike) -> bool:

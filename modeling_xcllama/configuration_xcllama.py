@@ -4,7 +4,7 @@ import re
 from typing import ClassVar
 
 from huggingface_hub.dataclasses import strict
-from transformers import LlamaConfig
+from transformers import LlamaConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 from transformers.models.auto.configuration_auto import AutoConfig
 
@@ -99,6 +99,8 @@ class XCLlamaConfig(LlamaConfig):
             raise ValueError(
                 f"`XCLlamaConfig` has no field {', '.join(f'`{key}`' for key in unknown)}; see its docstring."
             )
+        if not isinstance(self.encoder_config, dict | PreTrainedConfig | None):
+            raise ValueError(f"`encoder_config` must be a config or None, got {self.encoder_config!r:.80}.")
         super().__post_init__(**kwargs)
         joint = self.reads_jointly
         if self.cross_attention_layers is None:

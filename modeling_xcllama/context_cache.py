@@ -22,7 +22,7 @@ from .context_file import (
 )
 from .indices import as_indices
 from .memory_report import MemoryReport, memory_report
-from .quantized_tensor import QuantizedTensor, cat_states, map_state, quantization_heads, quantize
+from .quantized_tensor import QuantizedTensor, cat_states, check_finite, map_state, quantization_heads, quantize
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,11 +63,38 @@ class ContextCache:
             raise ValueError("a context cache needs at least one context, got an empty list.")
         if self.offsets[:1] != (0,) or any(map(gt, self.offsets, self.offsets[1:])):
             raise ValueError(f"`offsets` must start at 0 and never decrease, got {self.offsets[:8]}...")
+        self._check_tensors()
         for name, tensor in (*self.states.items(), ("token_ids", self.token_ids)):
             if tensor.shape[0] != self.offsets[-1]:
                 raise ValueError(
                     f"`{name}` must have {self.offsets[-1]} tokens as `offsets` say, got {tensor.shape[0]}."
                 )
+
+    def _check_tensors(self) -> None:
+        """Refuse what could be saved and not loaded, or served and not read."""
+        if not isinstance(self.fingerprint, str):
+            raise ValueError(f"`fingerprint` must be a string, got {self.fingerprint!r:.80}.")
+        if self.token_ids.dtype not in (torch.int32, torch.int64) or self.token_ids.dim() != 1:
+            raise ValueError(f"`token_ids` must be a list of integers, got {self.token_ids.dtype}.")
+        if len({(type(state), state.shape, self._kind(state)) for state in self.states.values()}) > 1:
+            raise ValueError("`key` and `value` must have one shape and one dtype.")
+        for name, state in self.states.items():
+            if not isinstance(state, Tensor):
+                state.check(name)
+            elif state.dtype not in FLOAT_DTYPES.values():
+                raise ValueError(
+                    f"`{name}` must be one of {', '.join(FLOAT_DTYPES)}, or quantized, got {state.dtype}; use `.to`."
+                )
+            elif state.dim() != (2 if name == "hidden" else 3):
+                raise ValueError(f"`{name}` must have {2 if name == 'hidden' else 3} dimensions, got {state.dim()}.")
+            else:
+                check_finite(name, state)
+
+    @staticmethod
+    def _kind(state: "Tensor | QuantizedTensor") -> torch.dtype:
+        if isinstance(state, Tensor):
+            return state.dtype
+        return torch.int8 if state.bits == 8 else torch.int4
 
     def __len__(self) -> int:
         """Number of rows."""
@@ -91,10 +118,7 @@ class ContextCache:
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the stored states; `torch.int8` or `torch.int4` when quantized."""
-        state = next(iter(self.states.values()))
-        if isinstance(state, Tensor):
-            return state.dtype
-        return torch.int8 if state.bits == 8 else torch.int4
+        return self._kind(next(iter(self.states.values())))
 
     @property
     def is_quantized(self) -> bool:
@@ -196,7 +220,7 @@ class ContextCache:
         return ContextCache(states, tuple(offsets), token_ids, first.fingerprint, tuple(rows))
 
     def quantize(self, dtype: str) -> "ContextCache":
-        """A new cache with int8 (scale a token and head) or int4 (asymmetric groups) states.
+        """A new cache with int8 (scale a token and head) or int4 (asymmetric groups) states, outliers kept in 16 bit.
 
         Raises:
             ValueError: `dtype` is neither "int8" nor "int4", or the cache is quantized already.
@@ -208,8 +232,6 @@ class ContextCache:
 
         def convert(state: Tensor) -> QuantizedTensor:
             heads = state if state.dim() == 3 else state.unflatten(1, (quantization_heads(state.shape[1]), -1))
-            if dtype == "int4" and (heads.shape[-1] % 2 or heads.shape[-1] % min(heads.shape[-1], 64)):
-                raise ValueError(f"int4 needs an even head width (a multiple of 64 above 64), got {heads.shape[-1]}.")
             return quantize(heads, QUANTIZED_BITS[dtype])
 
         return replace(self, states={name: convert(state) for name, state in self.states.items()})
@@ -220,7 +242,11 @@ class ContextCache:
         dtype: torch.dtype | None = None,
         non_blocking: bool = False,
     ) -> "ContextCache":
-        """The cache on `device` and, when not quantized, in the floating `dtype`."""
+        """The cache on `device` and, when not quantized, in the floating `dtype`.
+
+        Raises:
+            ValueError: another dtype of a quantized cache, or one that cannot hold the states.
+        """
         if dtype is not None and (self.is_quantized or dtype not in FLOAT_DTYPES.values()):
             raise ValueError(
                 f"a {self.dtype} cache cannot be converted to {dtype}; use `quantize`, or keep its dtype."
@@ -231,7 +257,13 @@ class ContextCache:
         def move(tensor: Tensor) -> Tensor:
             return tensor.to(device=device, dtype=dtype, non_blocking=non_blocking)
 
-        return replace(self, states={name: map_state(state, move) for name, state in self.states.items()})
+        states = {name: map_state(state, move) for name, state in self.states.items()}
+        if dtype not in (None, self.dtype):
+            return replace(self, states=states)
+        # the same values elsewhere: looking at them would wait for the device
+        cache = copy.copy(self)
+        object.__setattr__(cache, "states", states)
+        return cache
 
     def compact(self) -> "ContextCache":
         """A cache that stores only the documents its rows read; itself if that is all of them."""

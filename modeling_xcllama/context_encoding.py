@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import PreTrainedModel
 
 from .context_cache import ContextCache
+from .undisturbed import evaluation, ordinary_tensors
 
 # tokens encoded in one batch, padding included
 TOKENS_PER_BATCH = 4096
@@ -177,10 +178,6 @@ class ContextEncodingMixin:
         source = self.embed_tokens if self.encoder is None else self.encoder.get_input_embeddings()
         check_vocabulary(sequences, source.num_embeddings)
         packed = self.encode_packed(sequences)
-        if packed.numel() and not packed.detach().abs().amax().isfinite():
-            raise ValueError(
-                f"the context states have NaN or infinite values in {packed.dtype}; load the model in float32."
-            )
         if self.config.cross_attention_share_key_value:
             key, value = self.context_projections[0](packed)
             states = {"key": key, "value": value}
@@ -189,9 +186,10 @@ class ContextEncodingMixin:
         token_ids = torch.cat([sequence[:0] for sequence in sequences[:1]] + sequences).int().cpu()
         return ContextCache(states, tuple(accumulate(lengths, initial=0)), token_ids, self.context_fingerprint())
 
+    @ordinary_tensors()
     @torch.no_grad()
     def encode_context(self, context_input_ids: Tensor, context_attention_mask: Tensor | None = None) -> ContextCache:
-        """Encode contexts once, for any number of requests.
+        """Encode contexts once, for any number of requests, as in evaluation whatever mode the modules are in.
 
         Args:
             context_input_ids: `[num_contexts, length]`, padded on either side.
@@ -203,9 +201,6 @@ class ContextEncodingMixin:
         Raises:
             ValueError: no context, a context longer than `context_max_length`, or states that are not finite.
         """
-        training = self.training
-        self.eval()
-        try:
+        encoder = (self, self.config) if self.encoder is None else (self.encoder, self.encoder.config)
+        with evaluation(*encoder):
             return self._encode(context_input_ids, context_attention_mask)
-        finally:
-            self.train(training)

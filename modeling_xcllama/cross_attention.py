@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.nn import functional
 from transformers.utils import logging
 
-from .decoding_speed import onednn_products
 from .wide_products import has_native_products
 
 logger = logging.get_logger(__name__)
@@ -107,7 +106,9 @@ class ContextRows:
         if device not in self._placed:
 
             def place(values: Iterable[int], dtype: torch.dtype = torch.int32) -> Tensor:
-                return torch.tensor(tuple(values), dtype=dtype, device=device)
+                # kept for later calls, which may want gradients
+                with torch.inference_mode(False):
+                    return torch.tensor(tuple(values), dtype=dtype, device=device)
 
             longest = self.lengths if self.longest is None else [self.longest[i] for i in self.context_index]
             self._placed[device] = RowTensors(
@@ -146,8 +147,7 @@ def _attend_eager(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tu
 
 
 def _attend_products(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    with onednn_products():
-        return (query * scale @ key.transpose(-1, -2)).softmax(-1) @ value
+    return (query * scale @ key.transpose(-1, -2)).softmax(-1) @ value
 
 
 def _few_on_cpu(query: Tensor) -> bool:

@@ -3,6 +3,7 @@
 import copy
 import os
 from collections.abc import Collection
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,8 @@ from .cross_attention import resolve_implementation
 from .cross_attention_block import ContextProjection, CrossAttentionBlock
 from .fingerprint import KeptDigest
 from .joint_attention import ContextAdapter, ContextReader, JointAttention, JointReading
+from .quantized_tensor import map_state
+from .undisturbed import ordinary_tensors
 
 
 class XCLlamaPreTrainedModel(LlamaPreTrainedModel):
@@ -300,6 +303,7 @@ class XCLlamaModel(ContextEncodingMixin, ContextChecksMixin, XCLlamaPreTrainedMo
             raise ValueError("another model projected these keys and values: pass the cache that they came from.")
         return context_cache
 
+    @ordinary_tensors()
     def project_context(self, cache: ContextCache) -> ProjectedContext:
         """Keys and values of every projection for the rows of `cache`; each document is projected once.
 
@@ -311,8 +315,12 @@ class XCLlamaModel(ContextEncodingMixin, ContextChecksMixin, XCLlamaPreTrainedMo
         dtype = linear_weight(self.context_projections[0].k_proj).dtype
         if not dtype.is_floating_point:
             dtype = self.dtype
-        cache = cache.to(device)
-        return self.project_states(cache.states, ReadingPlan.of(cache.offsets, cache.rows), cache, dtype)
+        plan = ReadingPlan.of(cache.offsets, cache.rows)
+        # what no row reads stays where it is
+        states = {
+            name: map_state(state[plan.tokens], lambda part: part.to(device)) for name, state in cache.states.items()
+        }
+        return self.project_states(states, replace(plan, tokens=slice(None)), cache, dtype)
 
     def project_states(
         self, states: dict, plan: ReadingPlan, cache: ContextCache | None = None, dtype: torch.dtype | None = None

@@ -42,7 +42,7 @@ def weights_digest(tensors: Iterable[tuple[str, Tensor]], fields: dict | None = 
     for name, tensor in sorted(tensors, key=lambda item: item[0]):
         digest.update(f"{name} {list(tensor.shape)}".encode())
         for part in _stored_parts(name, as_loaded(tensor)):
-            dtype, sums = _canonical_sums(_some(part) if sampled else part)
+            dtype, sums = _canonical_sums(sampled_part(part) if sampled else part)
             digest.update(str(dtype).encode())
             digest.update(sums.cpu().numpy())
     return digest.hexdigest()
@@ -67,7 +67,7 @@ def _stored_parts(name: str, tensor: Tensor) -> list[Tensor]:
     return [part for inner in names for part in _stored_parts(name, getattr(tensor, inner))]
 
 
-def _some(tensor: Tensor) -> Tensor:
+def sampled_part(tensor: Tensor) -> Tensor:
     """`tensor`, or one element a row where that is large."""
     if tensor.numel() <= SMALL_TENSOR or tensor.dim() < 2:
         return tensor
@@ -133,6 +133,6 @@ def bits_sample(tensors: dict[str, Tensor]) -> bytes:
     whole = sum(part.nbytes for part in parts) <= SMALL_MODEL_BYTES
     picked: dict[tuple, list[Tensor]] = {}
     for part in parts:
-        picked.setdefault((part.device, part.dtype), []).append((part if whole else _some(part)).reshape(-1))
+        picked.setdefault((part.device, part.dtype), []).append((part if whole else sampled_part(part)).reshape(-1))
     sums = [_bit_sums(torch.cat(pieces), dtype) for (_, dtype), pieces in picked.items()]
     return b"".join(part.cpu().numpy().tobytes() for part in sums)

@@ -1,19 +1,16 @@
 """generate() with contexts: encoded and projected once, shared by beams, kept from drafts that cannot read them."""
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import Tensor
-from transformers import CompileConfig, GenerationConfig
+from transformers import GenerationConfig
 from transformers.generation.candidate_generator import CandidateGenerator
 from transformers.generation.utils import GenerateOutput
-from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 from transformers.modeling_utils import PreTrainedModel
 
 from .context_cache import ContextCache, ProjectedContext
 from .context_lookup import LONGEST_MATCH, ContextLookup, ContextLookupCandidateGenerator
-from .decoding_speed import decoding_products
 
 CONTEXT_ARGUMENTS = (
     "context_cache",
@@ -158,16 +155,6 @@ class ContextGenerationMixin:
             assistant_model=assistant_model,
             **kwargs,
         )
-
-    def get_compiled_call(self, compile_config: CompileConfig | None) -> Callable:
-        """`PreTrainedModel.get_compiled_call`, with the products that suit one token on a CPU."""
-        compiled = super().get_compiled_call(compile_config)
-
-        def step(**inputs) -> CausalLMOutputWithCrossAttentions:
-            with decoding_products(inputs["input_ids"], self.lm_head.weight):
-                return compiled(**inputs)
-
-        return step
 
     @torch.no_grad()
     def context_weights(

@@ -24,7 +24,6 @@ from .context_cache import ContextCache, ProjectedContext
 from .context_encoding import bare_encoder
 from .cross_attention import log_implementation
 from .decoder_xcllama import XCLlamaModel, XCLlamaPreTrainedModel
-from .decoding_speed import decoding_products
 from .fingerprint import weights_digest
 from .generation_xcllama import ContextGenerationMixin
 from .least_squares import fit_least_squares
@@ -77,22 +76,21 @@ class XCLlamaForCausalLM(ContextGenerationMixin, XCLlamaPreTrainedModel, LlamaFo
         Raises:
             ValueError: a context that does not fit the batch or the model.
         """
-        with decoding_products(input_ids if inputs_embeds is None else inputs_embeds, self.lm_head.weight):
-            outputs = self.model(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                past_key_values=past_key_values,
-                inputs_embeds=inputs_embeds,
-                use_cache=use_cache,
-                context_cache=context_cache,
-                context_input_ids=context_input_ids,
-                context_attention_mask=context_attention_mask,
-                **kwargs,
-            )
-            kept = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
-            # as a matrix: for a slice of a batch, torch copies the weight of the head, once a row
-            logits = self.lm_head(kept.reshape(-1, kept.shape[-1])).unflatten(0, kept.shape[:-1])
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            context_cache=context_cache,
+            context_input_ids=context_input_ids,
+            context_attention_mask=context_attention_mask,
+            **kwargs,
+        )
+        kept = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
+        # as a matrix: for a slice of a batch, torch copies the weight of the head, once a row
+        logits = self.lm_head(kept.reshape(-1, kept.shape[-1])).unflatten(0, kept.shape[:-1])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
@@ -145,6 +143,7 @@ class XCLlamaForCausalLM(ContextGenerationMixin, XCLlamaPreTrainedModel, LlamaFo
         return weights_digest(base, sampled=True)
 
     @classmethod
+    @torch.inference_mode(False)
     def from_decoder(
         cls,
         base: str | Path | PreTrainedModel,

@@ -144,6 +144,7 @@ class ContextQuestionAnsweringPipeline(Pipeline):
         if not together:
             rows = tuple(tuple(cache.rows[number][place] for place in places) for number, places in readings)
             read = replace(cache, rows=rows)
+        self.processor.check_prefix(self.model.config.context_prefix)
         inputs = self.processor(text=[questions[number] for number, _ in readings], return_tensors="pt")
         prompts = {name: tensor.to(self.device) for name, tensor in inputs.items()}
         projected = self.model.model.resolve_context(read, None, None, len(readings))

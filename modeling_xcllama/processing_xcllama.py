@@ -1,7 +1,11 @@
 """XCLlamaProcessor: contexts and questions (text) to ids; the one home of the prompt templates."""
 
+import hashlib
 import os
+import shutil
+import threading
 from collections.abc import Sequence
+from pathlib import Path
 
 from transformers import AutoTokenizer, BatchEncoding, PreTrainedTokenizerBase
 from transformers.processing_utils import ProcessorMixin
@@ -10,6 +14,8 @@ from .checkpoints import added_weights_tokenizers, is_added_weights
 
 # a new version refuses caches made with the old one: raise it when `context_text` changes
 TEMPLATE_VERSION = "1"
+# a fast tokenizer keeps padding and truncation of its last call: two threads would cut each other's texts
+_tokenizing = threading.Lock()
 
 
 class XCLlamaProcessor(ProcessorMixin):
@@ -19,7 +25,11 @@ class XCLlamaProcessor(ProcessorMixin):
         tokenizer: of the decoder.
         context_tokenizer: of what encodes the contexts; the decoder's own where the decoder encodes.
         context_max_length: most tokens of a context; longer ones are refused unless `truncation=True`.
-        template_version: version of the context template.
+        template_version: that a saved processor had; its context template must be this code's.
+        chat_template: what questions are put into, before saving and after; None: that of `tokenizer`.
+
+    Raises:
+        ValueError: another context template, or several chat templates of which none is the default.
     """
 
     def __init__(
@@ -30,15 +40,25 @@ class XCLlamaProcessor(ProcessorMixin):
         template_version: str = TEMPLATE_VERSION,
         chat_template: str | None = None,
     ):
-        if template_version != TEMPLATE_VERSION:
+        if template_version.partition("-")[0] != TEMPLATE_VERSION:
             raise ValueError(
                 f"this processor was saved with template version {template_version!r}, the code has "
                 f"{TEMPLATE_VERSION!r}; load the code of the same revision."
             )
-        super().__init__(tokenizer, chat_template=chat_template)
+        chat_template = tokenizer.chat_template if chat_template is None else chat_template
+        if isinstance(chat_template, dict):
+            if "default" not in chat_template:
+                raise ValueError(f"name one `chat_template`: none of {', '.join(chat_template)} is the default.")
+            chat_template = chat_template["default"]
+        # an empty one is none
+        super().__init__(tokenizer, chat_template=chat_template or None)
         self._encoder_tokenizer = context_tokenizer
         self.context_max_length = context_max_length
-        self.template_version = template_version
+
+    @property
+    def template_version(self) -> str:
+        """Version of the context template and digest of the chat template: stores of contexts compare it."""
+        return f"{TEMPLATE_VERSION}-{hashlib.sha256((self.chat_template or '').encode()).hexdigest()[:8]}"
 
     def __call__(
         self,
@@ -81,8 +101,8 @@ class XCLlamaProcessor(ProcessorMixin):
         encoding: dict = {}
         if questions is not None:
             prompts = self.prompts(questions, history, add_generation_prompt, system)
-            templated = bool(self.tokenizer.chat_template)
-            encoding |= self._tokenize(self.tokenizer, prompts, "left", padding, return_tensors, not templated)
+            special = not self.chat_template
+            encoding |= self._tokenize(self.tokenizer, prompts, "left", padding, return_tensors, special)
         if documents is not None:
             if question_in_context:
                 if questions is None or len(questions) != len(documents):
@@ -108,7 +128,7 @@ class XCLlamaProcessor(ProcessorMixin):
         turns = [[]] * len(questions) if history is None else history
         if len(turns) != len(questions):
             raise ValueError(f"`history` must have one entry a question ({len(questions)}), got {len(turns)}.")
-        if not self.tokenizer.chat_template:
+        if not self.chat_template:
             return [
                 "".join(f"Question: {q}\nAnswer: {a}\n\n" for q, a in earlier) + f"Question: {question}\nAnswer:"
                 for question, earlier in zip(questions, turns, strict=True)
@@ -120,17 +140,25 @@ class XCLlamaProcessor(ProcessorMixin):
                 messages.append({"role": "user", "content": earlier_question})
                 messages.append({"role": "assistant", "content": answer})
             messages.append({"role": "user", "content": question})
-            options = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
-            prompts.append(self.tokenizer.apply_chat_template(messages, **options))
+            options = {"chat_template": self.chat_template, "add_generation_prompt": add_generation_prompt}
+            prompts.append(self.tokenizer.apply_chat_template(messages, tokenize=False, **options))
         return prompts
 
     def context_prefix(self) -> list[int]:
         """Token ids with which every prompt starts, before the question: what `XCLlamaConfig.context_prefix` takes."""
-        if not self.tokenizer.chat_template:
+        if not self.chat_template:
             return self.tokenizer("")["input_ids"]
         marker = "question"
         head = self.prompts([marker])[0].rpartition(marker)[0]
         return self.tokenizer(head, add_special_tokens=False)["input_ids"]
+
+    def check_prefix(self, prefix: Sequence[int] | None) -> None:
+        """Raise a ValueError if prompts do not start with `prefix`, the `context_prefix` of a model's config."""
+        if prefix is not None and list(prefix) != self.context_prefix():
+            raise ValueError(
+                f"the model's contexts were encoded behind the prefix {list(prefix)}, prompts of this chat template "
+                f"start with {self.context_prefix()}; use the template that the model was trained with."
+            )
 
     def _contexts(
         self, documents: list[str], padding, truncation: bool, return_tensors: str | None, offsets: bool
@@ -164,16 +192,17 @@ class XCLlamaProcessor(ProcessorMixin):
         if tokenizer.pad_token is None:
             # a padded position is masked everywhere: which token stands there does not matter
             tokenizer.pad_token = tokenizer.eos_token
-        return tokenizer(
-            texts,
-            padding=padding,
-            padding_side=side,
-            add_special_tokens=special_tokens,
-            return_tensors=return_tensors,
-            return_token_type_ids=False,
-            verbose=False,
-            **options,
-        )
+        with _tokenizing:
+            return tokenizer(
+                texts,
+                padding=padding,
+                padding_side=side,
+                add_special_tokens=special_tokens,
+                return_tensors=return_tensors,
+                return_token_type_ids=False,
+                verbose=False,
+                **options,
+            )
 
     @property
     def context_tokenizer(self) -> PreTrainedTokenizerBase:
@@ -189,7 +218,8 @@ class XCLlamaProcessor(ProcessorMixin):
 
     def to_dict(self) -> dict:
         """The processor's config."""
-        return super().to_dict() | {"has_context_tokenizer": self._encoder_tokenizer is not None}
+        own = {"has_context_tokenizer": self._encoder_tokenizer is not None, "template_version": self.template_version}
+        return super().to_dict() | own
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "XCLlamaProcessor":
@@ -197,17 +227,25 @@ class XCLlamaProcessor(ProcessorMixin):
         if not is_added_weights(pretrained_model_name_or_path):
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         config, tokenizers = added_weights_tokenizers(pretrained_model_name_or_path)
-        return cls(*tokenizers, context_max_length=config.context_max_length)
+        processor = cls(*tokenizers, context_max_length=config.context_max_length)
+        processor.check_prefix(config.context_prefix)
+        return processor
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> list[str]:
         """`ProcessorMixin.save_pretrained`, with an encoder's tokenizer in the subfolder context_tokenizer."""
         files = super().save_pretrained(save_directory, **kwargs)
+        # the tokenizer's own, which this processor does not use
+        shutil.rmtree(Path(save_directory, "additional_chat_templates"), ignore_errors=True)
+        if self.chat_template is None:
+            Path(save_directory, "chat_template.jinja").unlink(missing_ok=True)
         if self._encoder_tokenizer is not None:
             self._encoder_tokenizer.save_pretrained(os.path.join(save_directory, "context_tokenizer"))
         return files
 
     @classmethod
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs) -> list:
+        # code beside a tokenizer is run, or asked about, where that was said
+        kwargs.setdefault("trust_remote_code", False)
         arguments = super()._get_arguments_from_pretrained(pretrained_model_name_or_path, processor_dict, **kwargs)
         if (processor_dict or {}).get("has_context_tokenizer"):
             options = kwargs | {"subfolder": os.path.join(kwargs.get("subfolder", ""), "context_tokenizer")}

@@ -17,7 +17,6 @@ from transformers.generation.streamers import BaseStreamer
 
 from modeling_xcllama import XCLlamaForCausalLM
 from modeling_xcllama.checkpoints import find_model
-from modeling_xcllama.decoding_speed import decoding_products
 from xcllama.models import load_model
 
 SEED = 0
@@ -157,18 +156,15 @@ def measure_limits(models: Models) -> dict:
 
 
 def measure_products(base) -> dict[str, float]:
-    """Seconds that the products of one token take: oneDNN's (transformers), torch's own (ours), int8 weights."""
+    """Seconds that the products of one token take: torch's, int8 weights."""
     weights = [module.weight.detach() for module in base.modules() if isinstance(module, torch.nn.Linear)]
     tokens = {size: torch.randn(1, size, dtype=weights[0].dtype) for size in {weight.shape[1] for weight in weights}}
-    one = torch.zeros(1, 1)
 
     def plain() -> None:
         for weight in weights:
             torch.nn.functional.linear(tokens[weight.shape[1]], weight)
 
-    found = {"oneDNN": median(seconds_of(plain, 7))}
-    with decoding_products(one, weights[0]):
-        found["torch"] = median(seconds_of(plain, 7))
+    found = {"torch": median(seconds_of(plain, 7))}
     if weights[0].dtype == torch.bfloat16:
         packed = [((weight * 100).round().clamp(-127, 127).to(torch.int8), weight[:, 0]) for weight in weights]
 

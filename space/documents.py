@@ -9,6 +9,9 @@ from pathlib import Path
 from xcllama.documents import READERS, decode_text
 
 MAX_FILE_BYTES = 5 * 2**20
+# looked at before any work: no document of so many letters is short enough in tokens
+MAX_TEXT_LETTERS = 2**19
+MAX_NAME_LETTERS = 60
 READING_SECONDS = 30
 KINDS = "text, Markdown, HTML, DOCX, EPUB or PDF"
 # first bytes of files that are often uploaded by mistake
@@ -59,8 +62,12 @@ def clean(text: str, name: str) -> str:
     """`text` without control characters, and with one kind of line end.
 
     Raises:
-        DocumentError: nothing to read in it.
+        DocumentError: nothing to read in it, or more than any document may have.
     """
+    if len(text) > MAX_TEXT_LETTERS:
+        raise DocumentError(
+            f"“{name}” is too long: {len(text):,} letters, more than {MAX_TEXT_LETTERS:,}. Add parts of it."
+        )
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     # what separates words still does
     text = "".join((" " if letter.isspace() else "") if _is_control(letter) else letter for letter in text).strip()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import figures
 import gradio as gr
-from documents import DocumentError, clean, read_file
+from documents import MAX_NAME_LETTERS, DocumentError, clean, read_file
 from reader import Reader
 from visitors import Visitors, unique_name
 
@@ -50,8 +50,12 @@ class Handlers:
         progress=gr.Progress(),  # noqa: B008
     ) -> Update:
         """Encode a text that was pasted."""
-        name = name.strip() or "pasted text"
-        return self._add([(name, lambda: clean(text, name))], chosen, key_of(request), progress)
+        # what the page does not let pass may come from elsewhere
+        if len(name or "") > MAX_NAME_LETTERS:
+            error = f"A name may have {MAX_NAME_LETTERS} letters. Shorten it."
+            return figures.message(error, "error"), *self.show_documents(chosen, key_of(request))
+        name = (name or "").strip() or "pasted text"
+        return self._add([(name, lambda: clean(text or "", name))], chosen, key_of(request), progress)
 
     def add_example(
         self,

@@ -6,7 +6,9 @@ from typing import NamedTuple
 
 import figures
 import gradio as gr
+from documents import MAX_NAME_LETTERS, MAX_TEXT_LETTERS
 from handlers import Handlers
+from reader import MAX_QUESTION_LETTERS
 
 HERE = Path(__file__).resolve().parent
 TITLE = "XC-Llama: ask your documents"
@@ -84,7 +86,9 @@ def build(handlers: Handlers) -> gr.Blocks:
                 with gr.Row():
                     buttons = [gr.Button(f"Example: {label}", min_width=140) for label, *_ in EXAMPLES]
                 question = gr.Textbox(
-                    label="Question", placeholder="Ask about the documents that are switched on", max_length=2000
+                    label="Question",
+                    placeholder="Ask about the documents that are switched on",
+                    max_length=MAX_QUESTION_LETTERS,
                 )
                 with gr.Row():
                     ask = gr.Button("Ask", variant="primary", scale=3, min_width=120)
@@ -132,8 +136,8 @@ def _documents(handlers: Handlers) -> Documents:
     """The right side: adding documents, switching them on and off, what they cost."""
     files = gr.File(label="txt, md, html, docx, epub or pdf, up to 5 MB", file_count="multiple", height=170)
     with gr.Accordion("Paste a text", open=False):
-        name = gr.Textbox(label="Name", placeholder="pasted text", max_length=60)
-        text = gr.Textbox(label="Text", lines=6, max_lines=12)
+        name = gr.Textbox(label="Name", placeholder="pasted text", max_length=MAX_NAME_LETTERS)
+        text = gr.Textbox(label="Text", lines=6, max_lines=12, max_length=MAX_TEXT_LETTERS)
         add = gr.Button("Add this text")
     status = gr.HTML(elem_id="status")
     chosen = gr.CheckboxGroup(

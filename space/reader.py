@@ -21,6 +21,7 @@ from visitors import Document
 # tokens that are encoded in one turn, about
 TURN_TOKENS = 1024
 MAX_QUESTION_TOKENS = 256
+MAX_QUESTION_LETTERS = 2000
 SENTENCE_ENDS = (". ", "! ", "? ", ".\n", "\n")
 
 
@@ -237,8 +238,10 @@ class Reader:
         return self._stream(lambda streamer: self._from_prompt(inputs, streamer))
 
     def _check_question(self, question: str) -> None:
-        if not question.strip():
+        if not (question or "").strip():
             raise DocumentError("Please type a question first.")
+        if len(question) > MAX_QUESTION_LETTERS:
+            raise DocumentError(f"A question may have {MAX_QUESTION_LETTERS:,} letters. Shorten it.")
         length = self._length(question)
         if length > MAX_QUESTION_TOKENS:
             raise DocumentError(f"The question has {length:,} tokens, more than {MAX_QUESTION_TOKENS}. Shorten it.")

@@ -21,85 +21,6 @@ from xcllama.store import ContextStore, MissingDocumentError
 MODEL = TableModel()
 
 
-def random_text(generator: random.Random) -> str:
-    return f"text {generator.random()} " * generator.randrange(0, 40)
-
-
-def write_until_killed(folder: str, seed: int, pipe: int) -> None:
-    """Add, change, remove and compact; say what will be done before, and that it is done after."""
-    generator = random.Random(seed)
-    with whole_store(folder, MODEL, shard_bytes=1 << 15) as store:
-        while True:
-            action = generator.random()
-            documents = {
-                f"d{generator.randrange(40)}": random_text(generator) for _ in range(generator.randrange(1, 6))
-            }
-            if action < 0.1:
-                documents = dict.fromkeys(name for name in documents if name in store)
-            os.write(pipe, json.dumps(["begin", documents]).encode() + b"\n")
-            if action < 0.1 and documents:
-                store.evict(list(documents))
-            elif action < 0.2:
-                store.compact()
-                documents = {}
-            else:
-                store.add(documents.keys(), documents.values())
-            os.write(pipe, json.dumps(["done", documents]).encode() + b"\n")
-
-
-def crash(folder: str, kills: int, seed: int) -> None:
-    """Kill a writer at random moments; after each, everything acknowledged must be there, and nothing corrupt."""
-    generator = random.Random(seed)
-    acknowledged: dict[str, str | None] = {}
-    operations = litter = 0
-    for round_number in range(kills):
-        reading, writing = os.pipe()
-        child = os.fork()
-        if child == 0:
-            os.close(reading)
-            write_until_killed(folder, seed * 1000 + round_number, writing)
-            os._exit(1)
-        os.close(writing)
-        first = os.read(reading, 1 << 20)
-        time.sleep(generator.random() * 0.12)
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        lines = first
-        while chunk := os.read(reading, 1 << 20):
-            lines += chunk
-        os.close(reading)
-        unsure: dict[str, set] = {}
-        for line in lines.decode().splitlines():
-            kind, documents = json.loads(line)
-            if kind == "begin":
-                unsure = {name: {acknowledged.get(name), text} for name, text in documents.items()}
-            else:
-                operations += 1
-                acknowledged |= documents
-                unsure = {}
-        shards = Path(folder, "ns=default", "shards")
-        before = {path.name for path in shards.iterdir()}
-        store = whole_store(folder, MODEL)
-        known = {row[0] for row in store.catalogue.rows("SELECT name FROM shards")}
-        after = {path.name for path in shards.iterdir()}
-        assert known == after, known ^ after
-        litter = max(litter, len(before - after))
-        report = store.verify()
-        assert not report.damaged, report
-        assert store.catalogue.rows("PRAGMA quick_check") == [("ok",)]
-        for name in set(acknowledged) | set(unsure):
-            allowed = unsure.get(name, {acknowledged.get(name)})
-            found = store.catalogue.text(name)
-            assert (found and found[0]) in allowed, (name, found, allowed)
-            acknowledged[name] = found and found[0]
-            if found:
-                assert torch.equal(row_states(store.get(name), 0), MODEL.states(found[0]))
-        words = store.catalogue.rows("SELECT COUNT(*) FROM words WHERE words MATCH 'text'")[0][0]
-        assert words == sum(bool(text) for text in acknowledged.values())
-        store.close()
-    print(json.dumps({"kills": kills, "operations": operations, "most_litter": litter}))
-
-
 def writer(folder: str, number: int, seconds: float) -> None:
     """Add documents of its own and change shared ones; print what it made last."""
     generator = random.Random(number)
@@ -260,7 +181,7 @@ def serve() -> None:
         print(json.dumps([status, output]), flush=True)
 
 
-ROLES = {"crash": crash, "crowd": crowd, "add_one": add_one, "full_disk": full_disk, "read_only": read_only}
+ROLES = {"crowd": crowd, "add_one": add_one, "full_disk": full_disk, "read_only": read_only}
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

@@ -148,8 +148,8 @@ def test_damaged_files(tmp_path):
     with pytest.raises(ValueError, match="checksum"):
         ContextCache.load(path)
     path.write_bytes(good)
-    rewrite(path, format_version="2")
-    with pytest.raises(ValueError, match="format version 2, this code reads up to 1"):
+    rewrite(path, format_version="3")
+    with pytest.raises(ValueError, match="format version 3, this code reads up to 2"):
         ContextCache.load(path)
     save_file({"x": torch.ones(1)}, path)
     with pytest.raises(ValueError, match="no context cache"):

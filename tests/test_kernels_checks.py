@@ -9,8 +9,8 @@ import sys  # noqa: E402
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from xcllama_kernels import cross_attention, project_quantized, quantize_int4, quantize_int8  # noqa: E402
-from xcllama_kernels.cases import random_case  # noqa: E402
+from xcllama_kernels import cross_attention, project_quantized  # noqa: E402
+from xcllama_kernels.cases import random_case, random_quantized  # noqa: E402
 from xcllama_kernels.checks import _check_device, check_attention_values  # noqa: E402
 from xcllama_kernels.launch import INTERPRETED, launch_counts  # noqa: E402
 
@@ -68,10 +68,10 @@ def test_attention_refuses(changes, message):
     ("bits", "name", "wrong", "message"),
     [
         (8, "key_scale", torch.zeros(30, 2), "`key_scale` must be float16"),
-        (8, "value_scale", torch.zeros(30, 1).half(), r"`value_scale` must be \(30, 2\), got \(30, 1\)"),
+        (8, "value_scale", torch.zeros(30, 1).half(), r"`value_scale` must be \(30, 2, 3\), got \(30, 1\)"),
         (8, "key_zero", torch.zeros(30, 2, 1).half(), "must be uint8"),
         (8, "value_scale", None, "`value` must have the dtype of `query`"),
-        (4, "key_scale", torch.zeros(30, 2).half(), r"`key_scale` must be \(30, 2, 1\)"),
+        (4, "key_scale", torch.zeros(30, 2).half(), r"`key_scale` must be \(30, 2, 1, 3\)"),
         (4, "value_zero", torch.zeros(30, 2, 2).half(), r"`value_zero` must be \(30, 2, 1\)"),
         (4, "value_zero", None, "must be int8"),
     ],
@@ -83,7 +83,7 @@ def test_quantized_attention_refuses(bits, name, wrong, message):
 
 
 def test_int4_head_dim():
-    data, scale, zero = (tensor[:, :1] for tensor in quantize_int4(torch.randn(5, 2, 64)))
+    data, scale, zero = (tensor[:, :1] for tensor in random_quantized(5, 2, 64, 4))
     data = data.repeat(1, 1, 2)[..., :48]
     scales = {"key_scale": scale, "key_zero": zero, "value_scale": scale, "value_zero": zero}
     with pytest.raises(ValueError, match="multiple of 64, got 96; use int8"):
@@ -91,7 +91,7 @@ def test_int4_head_dim():
 
 
 def test_projection_refuses():
-    states, scale = quantize_int8(torch.randn(5, 2, 64))
+    states, scale, _ = random_quantized(5, 2, 64, 8)
     weight = torch.randn(8, 128)
     counts = launch_counts.copy()
     for changes, message in [
@@ -101,8 +101,8 @@ def test_projection_refuses():
         ({"bias": torch.randn(8).half()}, "`bias` must have the dtype"),
         ({"norm_weight": torch.ones(128)}, "go together"),
         ({"norm_weight": torch.ones(64), "norm_eps": 1e-5}, r"`norm_weight` must be \[128\]"),
-        ({"scale": scale[:4]}, r"`states_scale` must be \(5, 2\)"),
-        ({"states": states.view(5, 4, 32), "scale": scale.repeat(1, 2)}, r"multiple of 64 channels.*got \(4, 32\)"),
+        ({"scale": scale[:4]}, r"`states_scale` must be \(5, 2, 3\)"),
+        ({"states": states.view(5, 4, 32), "scale": scale.repeat(1, 2, 1)}, r"multiple of 64 channels.*got \(4, 32\)"),
     ]:
         arguments = {"states": states, "scale": scale, "zero": None, "weight": weight} | changes
         with pytest.raises(ValueError, match=message):

@@ -13,14 +13,8 @@ import pytest  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch.nn.functional import scaled_dot_product_attention  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
-from xcllama_kernels import (  # noqa: E402
-    cross_attention,
-    cross_attention_with_lse,
-    project_quantized,
-    quantize_int4,
-    quantize_int8,
-)
-from xcllama_kernels.cases import Case, random_case, relative_error  # noqa: E402
+from xcllama_kernels import cross_attention, cross_attention_with_lse, project_quantized  # noqa: E402
+from xcllama_kernels.cases import Case, random_case, random_quantized, relative_error  # noqa: E402
 from xcllama_kernels.launch import INTERPRETED, launch_counts  # noqa: E402
 from xcllama_kernels.reference import cross_attention_reference, project_quantized_reference  # noqa: E402
 
@@ -142,8 +136,7 @@ def test_context_and_own_tokens_merge_to_one_softmax(query_len, dtype, record_pr
 @DTYPES
 @pytest.mark.parametrize("bits", [8, 4])
 def test_projection(bits, dtype, record_property):
-    states = torch.randn(700 if ON_GPU else 40, 9, 64, device=DEVICE)
-    states = (*quantize_int8(states), None) if bits == 8 else quantize_int4(states)
+    states = random_quantized(700 if ON_GPU else 40, 9, 64, bits, device=DEVICE)
     weight = (torch.randn(192 if ON_GPU else 40, 576, device=DEVICE) / 24).to(dtype)
     options = {"norm_weight": torch.ones(576, device=DEVICE, dtype=dtype), "norm_eps": 1e-5}
     expected = project_quantized_reference(*states, weight, **options)

@@ -8,9 +8,9 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
-from xcllama_kernels import cross_attention, cross_attention_with_lse, project_quantized, quantize_int8  # noqa: E402
+from xcllama_kernels import cross_attention, cross_attention_with_lse, project_quantized  # noqa: E402
 from xcllama_kernels.backward import plan_backward  # noqa: E402
-from xcllama_kernels.cases import Case, random_case, relative_error  # noqa: E402
+from xcllama_kernels.cases import Case, random_case, random_quantized, relative_error  # noqa: E402
 from xcllama_kernels.launch import INTERPRETED, Quantization, launch_counts  # noqa: E402
 from xcllama_kernels.ops import (  # noqa: E402
     cross_attention_backward_op,
@@ -190,7 +190,7 @@ def test_opcheck_backward():
 
 
 def test_opcheck_projection():
-    states, scale = quantize_int8(torch.randn(5, 2, 64))
+    states, scale, _ = random_quantized(5, 2, 64, 8)
     weight, norm_weight = torch.randn(24, 128), torch.ones(128)
     torch.library.opcheck(project_quantized_op, (states, scale, None, weight, None, norm_weight, 1e-5))
 
@@ -221,7 +221,7 @@ def test_compile_fullgraph(backend, query_len):
 
 def test_compile_projection():
     torch.use_deterministic_algorithms(False)
-    states, scale = quantize_int8(torch.randn(5, 2, 64))
+    states, scale, _ = random_quantized(5, 2, 64, 8)
     weight = torch.randn(24, 128)
     compiled = torch.compile(project_quantized, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(states, scale, None, weight), project_quantized(states, scale, None, weight))

@@ -12,12 +12,11 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from counted_traffic import counted_traffic  # noqa: E402
 from xcllama_kernels.backward import plan_backward  # noqa: E402
-from xcllama_kernels.cases import random_case  # noqa: E402
+from xcllama_kernels.cases import random_case, random_quantized  # noqa: E402
 from xcllama_kernels.decode import plan_decode  # noqa: E402
 from xcllama_kernels.forward import plan_forward  # noqa: E402
 from xcllama_kernels.launch import INTERPRETED, Quantization  # noqa: E402
 from xcllama_kernels.project import plan_projection  # noqa: E402
-from xcllama_kernels.reference import quantize_int4, quantize_int8  # noqa: E402
 
 if not INTERPRETED:
     pytest.skip("triton was imported before TRITON_INTERPRET=1 was set; `make test` sets it", allow_module_level=True)
@@ -98,8 +97,7 @@ def test_backward():
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_projection(bits):
-    states = torch.randn(130, 2, 64)
-    data, scale, zero = (*quantize_int8(states), None) if bits == 8 else quantize_int4(states)
+    data, scale, zero = random_quantized(130, 2, 64, bits)
     weight, norm_weight = torch.randn(200, 128).half(), torch.ones(128).half()
     output = torch.empty(130, 200).half()
     launches = plan_projection(data, scale, zero, weight, None, norm_weight, 1e-5, output)

@@ -11,8 +11,8 @@ from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import linear, scaled_dot_product_attention
 from traffic import Shape, decode_traffic, forward_traffic
 from variants import attention_tensors
-from xcllama_kernels import cross_attention, project_quantized, quantize_int4, quantize_int8
-from xcllama_kernels.cases import Case
+from xcllama_kernels import cross_attention, project_quantized
+from xcllama_kernels.cases import Case, random_quantized
 from xcllama_kernels.decode import plan_decode
 from xcllama_kernels.forward import plan_forward
 from xcllama_kernels.launch import target_of
@@ -123,14 +123,14 @@ def make_inputs(work: Work, device: torch.device) -> list[Case]:
     cases = []
     for _ in range(copies):
         query = random(shape.batch, shape.query_len, shape.num_heads, shape.head_dim)
-        key, value = (random(tokens, shape.num_kv_heads, shape.head_dim) for _ in range(2))
-        quantization = {}
-        if work.bits == 8:
-            key, quantization["key_scale"] = quantize_int8(key)
-            value, quantization["value_scale"] = quantize_int8(value)
-        elif work.bits == 4:
-            key, quantization["key_scale"], quantization["key_zero"] = quantize_int4(key)
-            value, quantization["value_scale"], quantization["value_zero"] = quantize_int4(value)
+        sizes, quantization = (tokens, shape.num_kv_heads, shape.head_dim), {}
+        if work.bits:
+            key, quantization["key_scale"], key_zero = random_quantized(*sizes, work.bits, device=device)
+            value, quantization["value_scale"], value_zero = random_quantized(*sizes, work.bits, device=device)
+            if work.bits == 4:
+                quantization |= {"key_zero": key_zero, "value_zero": value_zero}
+        else:
+            key, value = random(*sizes), random(*sizes)
         cases.append(Case(query, key, value, offsets, index, quantization))
     return cases
 
@@ -211,10 +211,8 @@ def competitors(cases: list[Case], work: Work) -> dict[str, Attend]:
 
 def projection_inputs(work: Projection, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """Quantized states, scale, zero and a bf16 weight."""
-    states = torch.randn(work.num_tokens, work.heads, 64, device=device)
     weight = torch.randn(work.columns, 64 * work.heads, device=device).to(torch.bfloat16) / (64 * work.heads) ** 0.5
-    quantized = (*quantize_int8(states), None) if work.bits == 8 else quantize_int4(states)
-    return *quantized, weight
+    return *random_quantized(work.num_tokens, work.heads, 64, work.bits, device=device), weight
 
 
 def projection_calls(inputs: tuple) -> dict[str, Callable[[], Tensor]]:

@@ -68,10 +68,11 @@ def attention_tensors(shape: Shape, dtype: torch.dtype, bits: int) -> dict[str, 
     key, value = (meta(*heads, shape.head_dim // (2 if bits == 4 else 1), dtype=stored) for _ in range(2))
     quantization = Quantization()
     if bits == 8:
-        quantization = Quantization(*(meta(*heads, dtype=torch.float16), None) * 2)
+        quantization = Quantization(*(meta(*heads, 3, dtype=torch.float16), None) * 2)
     elif bits == 4:
         groups = shape.head_dim // min(shape.head_dim, 64)
-        quantization = Quantization(*(meta(*heads, groups, dtype=torch.float16),) * 4)
+        scale, zero = meta(*heads, groups, 3, dtype=torch.float16), meta(*heads, groups, dtype=torch.float16)
+        quantization = Quantization(*(scale, zero) * 2)
     return {
         "query": query, "key": key, "value": value, "quantization": quantization,
         "offsets": meta(shape.contexts + 1, dtype=torch.int32), "context_index": meta(shape.batch, dtype=torch.int32),
@@ -137,9 +138,10 @@ def backward_variants(target: Target, name: str, head_dim: int) -> Iterator[Vari
 def projection_variants(target: Target, name: str, bits: int) -> Iterator[Variant]:
     dtype = DTYPES[name]
     num_tokens, heads, columns = 8192, 64, 2048
-    scale = meta(num_tokens, heads, *(() if bits == 8 else (1,)), dtype=torch.float16)
+    groups = () if bits == 8 else (1,)
+    scale = meta(num_tokens, heads, *groups, 3, dtype=torch.float16)
     states = meta(num_tokens, heads, 64 if bits == 8 else 32, dtype=torch.int8 if bits == 8 else torch.uint8)
-    zero = None if bits == 8 else scale
+    zero = None if bits == 8 else meta(num_tokens, heads, *groups, dtype=torch.float16)
     weight, norm_weight = meta(columns, 64 * heads, dtype=dtype), meta(64 * heads, dtype=dtype)
     output = meta(num_tokens, columns, dtype=dtype)
     shape = {"num_tokens": num_tokens, "width": 64 * heads, "columns": columns}

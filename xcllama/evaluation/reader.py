@@ -139,11 +139,11 @@ class Reader:
     def _prompt(self, question: Question, texts: tuple[str, ...]) -> list[int]:
         text = "\n\n".join([*texts, question.question])
         prompt = self.processor.prompts([text], [question.history])[0]
-        return self.tokenizer(prompt, add_special_tokens=not self.tokenizer.chat_template, verbose=False)["input_ids"]
+        return self.tokenizer(prompt, add_special_tokens=not self.processor.chat_template, verbose=False)["input_ids"]
 
     def _answer_ids(self, answer: str) -> list[int]:
         # a template ends where the answer starts; without one a space parts them
-        text = answer if self.tokenizer.chat_template else f" {answer}"
+        text = answer if self.processor.chat_template else f" {answer}"
         return [*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.tokenizer.eos_token_id]
 
     def _cache(self, requests: Sequence[Request], dtype: str) -> ContextCache:

@@ -108,7 +108,9 @@ def cut(
         return len(tokenize(processor, [part])[0])
 
     try:
-        spans = [(0, len(text))] if passage_tokens is None else split_passages(text, count, passage_tokens)
+        whole = [(0, len(text))]
+        # of white space alone there are no passages
+        spans = whole if passage_tokens is None else split_passages(text, count, passage_tokens) or whole
         sequences = tokenize(processor, [text[start:stop] for start, stop in spans])
     except ValueError as error:
         raise ValueError(f"document {document_id!r} cannot be encoded: {error}") from error

@@ -166,6 +166,8 @@ class Catalogue:
                 f"{self.path} has format version {meta.get('format_version')!r}, this code reads {FORMAT_VERSION}; "
                 "update the code, or add the documents to a new store."
             )
+        if wrong := self.rows("SELECT name FROM shards WHERE name GLOB '*[^0-9A-Za-z._-]*' OR name GLOB '.*' LIMIT 1"):
+            raise ValueError(f"{self.path} names a shard {wrong[0][0]!r:.80}, which is no file of its folder.")
 
     @property
     def meta(self) -> dict[str, str]:
@@ -224,9 +226,10 @@ class Catalogue:
 
     def locate(self, document_id: str, position: int | None = None) -> list[Location]:
         """Where the passages of a document lie, in order, or one of them; empty where there is none (any more)."""
-        values = [document_id, time.time()]
-        one = "" if position is None else " AND position = ?"
-        rows = self.rows(f"{LOCATE}{one} ORDER BY position", values if position is None else [*values, position])
+        where, values = ("", ()) if position is None else (" AND position = ?", (position,))
+        # no document has an id with half a surrogate pair, which SQLite would not take
+        known = document_id.isascii() or document_id.encode(errors="ignore").decode() == document_id
+        rows = self.rows(f"{LOCATE}{where} ORDER BY position", (document_id, time.time(), *values)) if known else ()
         return list(map(Location._make, rows))
 
     def text(self, document_id: str) -> tuple[str, dict] | None:

@@ -97,7 +97,8 @@ def check_opener(
             f"{where} holds states of another model, template or version of the weights: its fingerprint is "
             f"{meta['fingerprint']}, the model's {fingerprint}; use that model, or a new store."
         )
-    if template is not None and meta["template_version"] not in ("", template):
+    # older stores name no chat template
+    if template is not None and meta["template_version"] not in ("", template, template.partition("-")[0]):
         raise ValueError(
             f"{where} was made with template version {meta['template_version']!r}, the processor has "
             f"{template!r}; use the code it was made with, or a new store."

@@ -182,7 +182,7 @@ def parse_header(header: bytes, nbytes: int) -> dict[str, Part]:
             (begin, end), shape, dtype = entry["data_offsets"], tuple(entry["shape"]), DTYPES[entry["dtype"]]
             token_bytes = prod(shape[1:]) * dtype.itemsize
             fits = 0 <= begin <= end <= nbytes - len(header) and end - begin == shape[0] * token_bytes
-            if name not in NAMES or min(shape) < 0 or len(shape) > 3 or not fits:
+            if name not in NAMES or min(shape) < 0 or len(shape) > 4 or not fits:
                 raise ValueError(f"{name!r:.40} with shape {shape} at {begin}")
             parts[name] = Part(len(header) + begin, token_bytes, dtype, shape)
         if "token_ids" not in parts or len({part.shape[0] for part in parts.values()}) != 1:

@@ -85,8 +85,9 @@ class ContextStore:
         self.fingerprint = self.catalogue.meta["fingerprint"]
         self.metrics = Metrics(namespace)
         self._reader = Reader(self.catalogue, self._open_shard, self.metrics, where)
-        for name, value in (("max_bytes", max_bytes or 1), ("shard_bytes", shard_bytes)):
-            check_count(name, value)
+        check_count("shard_bytes", shard_bytes)
+        if max_bytes is not None:
+            check_count("max_bytes", max_bytes)
         self._room = Room(self.catalogue, max_bytes, shard_bytes)
         if not self.read_only:
             self._room.clean()

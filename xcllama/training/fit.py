@@ -89,8 +89,8 @@ def fit_reader(
     scores = fit_least_squares(model, tracked(fitted, "least squares, texts"))
     report = measure(model, Teacher(decoder, model.config.context_prefix), held_out, scores, rank_layers)
     model.save_cross_attention(output)
-    if processor.tokenizer.chat_template:
-        (Path(output) / "chat_template.jinja").write_text(processor.tokenizer.chat_template)
+    if processor.chat_template:
+        (Path(output) / "chat_template.jinja").write_text(processor.chat_template)
     return replace(report, num_tokens=sum(map(len, fitted)))
 
 

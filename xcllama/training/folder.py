@@ -39,7 +39,7 @@ def write_weights(recipe: Recipe, model: nn.Module, target: Path) -> None:
         model.save_pretrained(target, save_embedding_layers=False)
     for weight in trained:
         weight.data = weight.data.float()
-    template = load_processor(recipe).tokenizer.chat_template
+    template = load_processor(recipe).chat_template
     if template:
         write_text(target / "chat_template.jinja", template)
     write_text(target / "recipe.yaml", yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True))

@@ -12,7 +12,7 @@ class Prompts:
     """What the decoder and the encoder read.
 
     Args:
-        processor: of the model; its tokenizer's chat template, where it has one, frames the questions.
+        processor: of the model; its chat template, where it has one, frames the questions.
     """
 
     def __init__(self, processor: XCLlamaProcessor):
@@ -20,7 +20,7 @@ class Prompts:
         # ChatML ends a turn with its own token, base models with the end of the text
         self.end_token_id = self.tokenizer.eos_token_id
         # a template ends where the answer starts; without one a space parts them
-        self._before_answer = "" if self.tokenizer.chat_template else " "
+        self._before_answer = "" if processor.chat_template else " "
         self.pad_token_id = self.end_token_id if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
 
     def prompt_ids(
@@ -29,7 +29,7 @@ class Prompts:
         """(ids of the prompt, where the question stands in them); `passages` go in front of the question."""
         text = question if passages is None else "\n\n".join([*passages, question])
         prompt = self.processor.prompts([text], [list(history)])[0]
-        special = not self.tokenizer.chat_template
+        special = not self.processor.chat_template
         encoding = self.tokenizer(prompt, add_special_tokens=special, return_offsets_mapping=True, verbose=False)
         start = prompt.rindex(question)
         end = start + len(question)

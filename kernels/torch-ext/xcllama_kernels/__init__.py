@@ -5,7 +5,7 @@ output = cross_attention(query, key, value, offsets, context_index)
 """
 
 from .functional import cross_attention, cross_attention_with_lse, project_quantized
-from .reference import dequantize_int4, dequantize_int8, quantize_int4, quantize_int8
+from .reference import dequantize_int4, dequantize_int8
 
 __all__ = [
     "cross_attention",
@@ -13,6 +13,4 @@ __all__ = [
     "dequantize_int4",
     "dequantize_int8",
     "project_quantized",
-    "quantize_int4",
-    "quantize_int8",
 ]

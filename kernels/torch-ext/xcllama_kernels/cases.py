@@ -5,7 +5,36 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .reference import quantize_int4, quantize_int8
+from .reference import int4_group
+
+
+def random_quantized(
+    num_tokens: int,
+    heads: int,
+    dim: int,
+    bits: int,
+    generator: torch.Generator | None = None,
+    device: str | torch.device = "cpu",
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Data, scale and zero (None for int8) of random states near the unit Gaussian, with outliers."""
+    drawn = {"generator": generator, "device": device}
+
+    def codes(low: int, high: int, *shape: int) -> Tensor:
+        values = torch.randint(low, high + 1, shape, dtype=torch.int16, **drawn)
+        # one outlier of each kind, which the second may overwrite
+        for code in (14, 15) if bits == 4 else (-128, 127):
+            values = values.scatter(-1, torch.randint(0, shape[-1], (*shape[:-1], 1), **drawn), code)
+        return values
+
+    groups = (dim // int4_group(dim),) if bits == 4 else ()
+    factors = (1 + torch.rand(num_tokens, heads, *groups, 1, **drawn)) / (4 if bits == 4 else 100)
+    outliers = 20 * torch.randn(num_tokens, heads, *groups, 2, **drawn)
+    scale = torch.cat([factors, outliers], dim=-1).to(torch.float16)
+    if bits == 8:
+        return codes(-126, 126, num_tokens, heads, dim).to(torch.int8), scale, None
+    zero = -2 * torch.rand(num_tokens, heads, *groups, **drawn)
+    first, second = codes(0, 13, num_tokens, heads, *groups, int4_group(dim)).flatten(2).to(torch.uint8).chunk(2, -1)
+    return first | (second << 4), scale, zero.to(torch.float16)
 
 
 @dataclass(frozen=True)
@@ -36,7 +65,7 @@ def random_case(
     device: str | torch.device = "cpu",
     seed: int = 0,
 ) -> Case:
-    """Gaussian query, key and value over contexts of the given `lengths`; `bits` 8 or 4 quantizes key and value."""
+    """Gaussian query, key and value over contexts of these `lengths`; with `bits` 8 or 4 the last two are codes."""
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape: int) -> Tensor:
@@ -44,16 +73,17 @@ def random_case(
 
     offsets = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
     query = random(len(context_index), query_len, num_heads, head_dim).to(dtype)
-    key, value = (random(sum(lengths), num_kv_heads, head_dim) for _ in range(2))
     quantization = {}
-    if bits == 8:
-        key, quantization["key_scale"] = quantize_int8(key)
-        value, quantization["value_scale"] = quantize_int8(value)
-    elif bits == 4:
-        key, quantization["key_scale"], quantization["key_zero"] = quantize_int4(key)
-        value, quantization["value_scale"], quantization["value_zero"] = quantize_int4(value)
+    if bits:
+        shape = sum(lengths), num_kv_heads, head_dim, bits, generator
+        stored = {"key": random_quantized(*shape), "value": random_quantized(*shape)}
+        key, value = (parts[0].to(device) for parts in stored.values())
+        for name, (_, scale, zero) in stored.items():
+            quantization[f"{name}_scale"] = scale.to(device)
+            if zero is not None:
+                quantization[f"{name}_zero"] = zero.to(device)
     else:
-        key, value = key.to(dtype), value.to(dtype)
+        key, value = (random(sum(lengths), num_kv_heads, head_dim).to(dtype) for _ in range(2))
     index = torch.tensor(context_index, dtype=torch.int32, device=device)
     return Case(query, key, value, offsets, index, quantization)
 

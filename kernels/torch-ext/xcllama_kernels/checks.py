@@ -47,13 +47,14 @@ def _check_states(name: str, data: Tensor, scale: Tensor | None, zero: Tensor | 
     _require(scale.dtype == torch.float16, f"`{name}_scale` must be float16", scale.dtype)
     if zero is None:
         _require(data.dtype == torch.int8, f"`{name}` with a scale and no zero must be int8", data.dtype)
-        _require(scale.shape == data.shape[:2], f"`{name}_scale` must be {tuple(data.shape[:2])}", tuple(scale.shape))
+        expected = (*data.shape[:2], 3)
+        _require(tuple(scale.shape) == expected, f"`{name}_scale` must be {expected}", tuple(scale.shape))
         return data.shape[2]
     _require(data.dtype == torch.uint8, f"`{name}` with a scale and a zero must be uint8 (int4 pairs)", data.dtype)
     dim = 2 * data.shape[2]
     _require(dim % int4_group(dim) == 0, f"`{name}` in int4 needs a dim up to 64 or a multiple of 64", dim, "use int8")
     expected = (*data.shape[:2], dim // int4_group(dim))
-    _require(tuple(scale.shape) == expected, f"`{name}_scale` must be {expected}", tuple(scale.shape))
+    _require(tuple(scale.shape) == (*expected, 3), f"`{name}_scale` must be {(*expected, 3)}", tuple(scale.shape))
     _require(zero.dtype == torch.float16, f"`{name}_zero` must be float16", zero.dtype)
     _require(tuple(zero.shape) == expected, f"`{name}_zero` must be {expected}", tuple(zero.shape))
     return dim

@@ -147,9 +147,9 @@ def choose_splits(target: Target, num_tiles: int, num_tokens: int, mean_bytes: f
 
 
 def token_bytes(states: Tensor, bits: int) -> float:
-    """Bytes of one token and head, scales and zeros included."""
+    """Bytes of one token and head, scales, outliers and zeros included."""
     dim = states.shape[2]
-    return {0: dim * states.element_size(), 8: dim + 2, 4: dim + 4 * (2 * dim // int4_group(2 * dim))}[bits]
+    return {0: dim * states.element_size(), 8: dim + 6, 4: dim + 8 * (2 * dim // int4_group(2 * dim))}[bits]
 
 
 def plan_decode(

@@ -55,8 +55,9 @@ def cross_attention(
         offsets: first token of each context and the end of the last, int32 or int64 `[num_contexts + 1]`.
         context_index: the context of each row, int32 or int64 `[batch]`.
         scale: factor on the scores; None: head_dim ** -0.5.
-        key_scale, value_scale: float16 `[num_tokens, num_kv_heads]` (int8) or with a last dimension of groups (int4).
-        key_zero, value_zero: like the scales, int4 only.
+        key_scale, value_scale: a factor and two outliers, float16 `[num_tokens, num_kv_heads, 3]` (int8) or
+            `[num_tokens, num_kv_heads, groups, 3]` (int4).
+        key_zero, value_zero: float16 `[num_tokens, num_kv_heads, groups]`, int4 only.
 
     Returns:
         Same shape and dtype as `query`, dense. Rows of an empty context are zeros.
@@ -87,8 +88,8 @@ def project_quantized(
     Args:
         states: int8 `[num_tokens, heads, dim]`, or uint8 `[num_tokens, heads, dim // 2]` (int4); heads * dim is the
             width, dim a multiple of 64 or heads 1 (formats: see `xcllama_kernels.reference`).
-        scale: float16 `[num_tokens, heads]` (int8) or with a last dimension of groups (int4).
-        zero: like `scale` for int4, None for int8.
+        scale: float16 `[num_tokens, heads, 3]` (int8) or `[num_tokens, heads, groups, 3]` (int4).
+        zero: float16 `[num_tokens, heads, groups]` for int4, None for int8.
         weight: `[out, width]`, float16, bfloat16 or float32; bias: `[out]`.
         norm_weight: `[width]`, with `norm_eps`: states are divided by their root mean square and multiplied by it.
 

@@ -12,13 +12,21 @@ from torch import Tensor
 from .configs import projection_configs
 from .launch import Config, Launch, Target, data_format, target_of
 from .reference import int4_group
-from .tiles import dot, load_rows, narrow
+from .tiles import dot, load_rows, narrow, with_outliers
 
 
 @triton.jit
 def load_factor(base, places, valid):
     """One float32 factor a row, as a column."""
     return tl.load(base + places, mask=valid, other=0.0).to(tl.float32)[:, None]
+
+
+@triton.jit
+def load_scales(scale, places, valid):
+    """Factor and both outliers of one group a row, the `places`-th of all."""
+    outlier = load_factor(scale, places * 3 + 1, valid)
+    second = load_factor(scale, places * 3 + 2, valid)
+    return load_factor(scale, places * 3, valid), outlier, second
 
 
 @triton.jit
@@ -42,25 +50,24 @@ def load_chunk(
         inside = columns < HEADS * STORED - column
         mask = valid[:, None] & inside[None, :]
         raw = tl.load(states + pointers[:, None] + columns[None, :], mask=mask, other=0)
-    factors = (rows.to(tl.int64) * HEADS + head) * GROUPS
-    low_group = first // GROUP
+    groups = (rows.to(tl.int64) * HEADS + head) * GROUPS
+    factor, outlier, second = load_scales(scale, groups + first // GROUP, valid)
     if FORMAT == 8:
         channel = column
-        low = raw.to(tl.float32) * load_factor(scale, factors + low_group, valid)
+        low = with_outliers(raw, raw.to(tl.float32) * factor, outlier, second, 8)
         high = low
     else:
         channel = head * DIM + first
-        low_scale = load_factor(scale, factors + low_group, valid)
-        low_zero = load_factor(zero, factors + low_group, valid)
-        if GROUPS == 1:
-            high_scale = low_scale
-            high_zero = low_zero
-        else:
-            high_group = (first + STORED) // GROUP
-            high_scale = load_factor(scale, factors + high_group, valid)
-            high_zero = load_factor(zero, factors + high_group, valid)
-        low = tl.where(inside[None, :], (raw & 15).to(tl.float32) * low_scale + low_zero, 0.0)
-        high = tl.where(inside[None, :], (raw >> 4).to(tl.float32) * high_scale + high_zero, 0.0)
+        bottom = load_factor(zero, groups + first // GROUP, valid)
+        codes = raw & 15
+        low = with_outliers(codes, codes.to(tl.float32) * factor + bottom, outlier, second, 4)
+        if GROUPS > 1:
+            factor, outlier, second = load_scales(scale, groups + (first + STORED) // GROUP, valid)
+            bottom = load_factor(zero, groups + (first + STORED) // GROUP, valid)
+        codes = raw >> 4
+        high = with_outliers(codes, codes.to(tl.float32) * factor + bottom, outlier, second, 4)
+        low = tl.where(inside[None, :], low, 0.0)
+        high = tl.where(inside[None, :], high, 0.0)
     return low, high, channel, inside
 
 

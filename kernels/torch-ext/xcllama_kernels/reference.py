@@ -1,9 +1,12 @@
 """What the kernels compute, in plain torch: the oracle of their tests, and the two quantized formats.
 
-int8 is symmetric: `data` int8 `[num_tokens, heads, dim]`, `scale` float16 `[num_tokens, heads]`, x = data * scale.
+Both keep two values of every group of channels, its outliers, in float16 and put codes at their places.
+
+int8 is symmetric, a group a head: `data` int8 `[num_tokens, heads, dim]`, codes -126 to 126, -128 at the first outlier
+and 127 at the second; `scale` float16 `[num_tokens, heads, 3]`: the factor of the codes and the outliers.
 int4 is asymmetric in groups of min(dim, 64) channels: `data` uint8 `[num_tokens, heads, dim // 2]`, whose byte j holds
-channel j in the low nibble and channel j + dim / 2 in the high one; `scale` and `zero` float16
-`[num_tokens, heads, dim // group]`, x = q * scale + zero.
+channel j in the low nibble and channel j + dim / 2 in the high one, codes 0 to 13, 14 and 15 at the outliers; `scale`
+float16 `[num_tokens, heads, dim // group, 3]`, `zero` without the last dimension, x = code * scale + zero.
 """
 
 import math
@@ -17,59 +20,25 @@ def int4_group(dim: int) -> int:
     return min(dim, 64)
 
 
-def _float16(name: str, tensor: Tensor) -> Tensor:
-    half = tensor.to(torch.float16)
-    if not bool(torch.isfinite(half).all()):
-        raise ValueError(f"`{name}` must be finite in float16, got {tensor.abs().max().item():.3g}; scale the states.")
-    return half
-
-
-def quantize_int8(states: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric int8, one scale a token and head.
-
-    Args:
-        states: `[num_tokens, heads, dim]`, any float dtype, finite.
-
-    Returns:
-        `data` int8 of the same shape and `scale` float16 `[num_tokens, heads]`.
-    """
-    states = states.float()
-    scale = _float16("scale", states.abs().amax(-1) / 127)
-    divisor = scale.float().where(scale > 0, torch.ones((), device=scale.device))
-    return (states / divisor[..., None]).round().clamp(-127, 127).to(torch.int8), scale
+def _values(codes: Tensor, scale: Tensor, zero: Tensor | None, marks: tuple[int, int]) -> Tensor:
+    """Values of codes `[..., group]` with scales `[..., 3]`."""
+    factor, first, second = scale.float()[..., None].unbind(-2)
+    values = codes.float() * factor
+    if zero is not None:
+        values = values + zero.float()[..., None]
+    values = torch.where(codes == marks[0], first, values)
+    return torch.where(codes == marks[1], second, values)
 
 
 def dequantize_int8(data: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The states that `quantize_int8` stands for, `[num_tokens, heads, dim]`."""
-    return (data.float() * scale.float()[..., None]).to(dtype)
-
-
-def quantize_int4(states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Asymmetric int4 in groups of `int4_group(dim)` channels.
-
-    Args:
-        states: `[num_tokens, heads, dim]`, any float dtype, finite; dim even and a multiple of its group.
-
-    Returns:
-        `data` uint8 `[num_tokens, heads, dim // 2]`, `scale` and `zero` float16 `[num_tokens, heads, dim // group]`.
-    """
-    dim = states.shape[-1]
-    group = int4_group(dim)
-    if dim % 2 or dim % group:
-        raise ValueError(f"int4 needs an even dim of at most 64 or a multiple of 64, got {dim}; use int8.")
-    grouped = states.float().unflatten(-1, (dim // group, group))
-    zero = _float16("zero", grouped.amin(-1))
-    scale = _float16("scale", (grouped.amax(-1) - zero.float()).clamp_min(0) / 15)
-    divisor = scale.float().where(scale > 0, torch.ones((), device=scale.device))
-    levels = ((grouped - zero.float()[..., None]) / divisor[..., None]).round().clamp(0, 15)
-    low, high = levels.flatten(-2).to(torch.uint8).chunk(2, dim=-1)
-    return low | (high << 4), scale, zero
+    """The states that int8 codes stand for, `[num_tokens, heads, dim]`."""
+    return _values(data, scale, None, (-128, 127)).to(dtype)
 
 
 def dequantize_int4(data: Tensor, scale: Tensor, zero: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The states that `quantize_int4` stands for, `[num_tokens, heads, dim]`."""
-    levels = torch.cat([data & 15, data >> 4], dim=-1).float().unflatten(-1, (scale.shape[-1], -1))
-    return (levels * scale.float()[..., None] + zero.float()[..., None]).flatten(-2).to(dtype)
+    """The states that int4 codes stand for, `[num_tokens, heads, dim]`."""
+    codes = torch.cat([data & 15, data >> 4], dim=-1).unflatten(-1, (scale.shape[-2], -1))
+    return _values(codes, scale, zero, (14, 15)).flatten(-2).to(dtype)
 
 
 def dequantize(data: Tensor, scale: Tensor | None, zero: Tensor | None, dtype: torch.dtype) -> Tensor:

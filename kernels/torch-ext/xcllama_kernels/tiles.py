@@ -64,17 +64,40 @@ def log_sum(row_max, row_sum):
 
 
 @triton.jit
-def load_group(base, heads, valid, first: tl.constexpr, DIM: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """Scales or zeros, fp32, of SIZE channels from channel `first` on; `heads` is token * num_heads + head."""
+def load_group(
+    base, heads, valid, first: tl.constexpr, DIM: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr,
+    PER_GROUP: tl.constexpr,
+):  # fmt: skip
+    """Scales, outliers or zeros, fp32, of SIZE channels from channel `first` on; `heads` is token * num_heads + head,
+    and a group has PER_GROUP values, of which `base` points at one."""
     GROUP: tl.constexpr = 64 if DIM > 64 else DIM
     GROUPS: tl.constexpr = DIM // GROUP
     if first // GROUP == (first + SIZE - 1) // GROUP:
-        factors = tl.load(base + heads * GROUPS + first // GROUP, mask=valid, other=0.0)[:, None]
+        factors = tl.load(base + (heads * GROUPS + first // GROUP) * PER_GROUP, mask=valid, other=0.0)[:, None]
     else:
         channels = tl.arange(0, BLOCK)
-        pointers = base + (heads * GROUPS)[:, None] + ((first + channels) // GROUP)[None, :]
+        pointers = base + ((heads * GROUPS)[:, None] + ((first + channels) // GROUP)[None, :]) * PER_GROUP
         factors = tl.load(pointers, mask=valid[:, None] & (channels < SIZE)[None, :], other=0.0)
     return factors.to(tl.float32)
+
+
+@triton.jit
+def with_outliers(codes, values, outlier, second, FORMAT: tl.constexpr):
+    """fp32 `values` of codes, and the two outliers of a group where codes say so."""
+    FIRST: tl.constexpr = 14 if FORMAT == 4 else -128
+    SECOND: tl.constexpr = 15 if FORMAT == 4 else 127
+    return tl.where(codes == FIRST, outlier, tl.where(codes == SECOND, second, values))
+
+
+@triton.jit
+def load_scales(
+    scale, heads, valid, first: tl.constexpr, DIM: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Factors and both outliers of the groups of SIZE channels from channel `first` on."""
+    factor = load_group(scale, heads, valid, first, DIM, SIZE, BLOCK, 3)
+    outlier = load_group(scale + 1, heads, valid, first, DIM, SIZE, BLOCK, 3)
+    second = load_group(scale + 2, heads, valid, first, DIM, SIZE, BLOCK, 3)
+    return factor, outlier, second
 
 
 @triton.jit
@@ -90,22 +113,22 @@ def load_states(
         low = load_rows(base, rows, valid, HEAD_DIM, BLOCK_D)
         high = low
     elif FORMAT == 8:
-        low = load_rows(base, rows, valid, HEAD_DIM, BLOCK_D).to(tl.float32)
-        low = narrow(low * load_group(scale, heads, valid, 0, 64, 64, BLOCK_D), dtype)
+        codes = load_rows(base, rows, valid, HEAD_DIM, BLOCK_D)
+        factor, outlier, second = load_scales(scale, heads, valid, 0, 64, 64, BLOCK_D)
+        low = narrow(with_outliers(codes, codes.to(tl.float32) * factor, outlier, second, 8), dtype)
         high = low
     else:
         HALF: tl.constexpr = HEAD_DIM // 2
         pairs = load_rows(base, rows, valid, HALF, BLOCK_D)
-        low_scale = load_group(scale, heads, valid, 0, HEAD_DIM, HALF, BLOCK_D)
-        low_zero = load_group(zero, heads, valid, 0, HEAD_DIM, HALF, BLOCK_D)
-        if HEAD_DIM <= 64:
-            high_scale = low_scale
-            high_zero = low_zero
-        else:
-            high_scale = load_group(scale, heads, valid, HALF, HEAD_DIM, HALF, BLOCK_D)
-            high_zero = load_group(zero, heads, valid, HALF, HEAD_DIM, HALF, BLOCK_D)
-        low = narrow((pairs & 15).to(tl.float32) * low_scale + low_zero, dtype)
-        high = narrow((pairs >> 4).to(tl.float32) * high_scale + high_zero, dtype)
+        factor, outlier, second = load_scales(scale, heads, valid, 0, HEAD_DIM, HALF, BLOCK_D)
+        bottom = load_group(zero, heads, valid, 0, HEAD_DIM, HALF, BLOCK_D, 1)
+        codes = pairs & 15
+        low = narrow(with_outliers(codes, codes.to(tl.float32) * factor + bottom, outlier, second, 4), dtype)
+        if HEAD_DIM > 64:
+            factor, outlier, second = load_scales(scale, heads, valid, HALF, HEAD_DIM, HALF, BLOCK_D)
+            bottom = load_group(zero, heads, valid, HALF, HEAD_DIM, HALF, BLOCK_D, 1)
+        codes = pairs >> 4
+        high = narrow(with_outliers(codes, codes.to(tl.float32) * factor + bottom, outlier, second, 4), dtype)
     return low, high
 
 
