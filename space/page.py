@@ -56,8 +56,10 @@ SCRIPT = """() => {
 
 # two documents may be encoded side by side: a long one does not hold up a short one
 ENCODING = {"concurrency_id": "encode", "concurrency_limit": 2}
+# what it returns are the inputs of the function that follows
 SCROLL = """() => {
   document.getElementById("cache-answer")?.scrollIntoView({behavior: "smooth", block: "nearest"});
+  return [];
 }"""
 
 
