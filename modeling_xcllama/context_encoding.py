@@ -9,6 +9,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from .context_cache import ContextCache
 from .undisturbed import evaluation, ordinary_tensors
+from .wide_products import wide_products
 
 # tokens encoded in one batch, padding included
 TOKENS_PER_BATCH = 4096
@@ -161,7 +162,9 @@ class ContextEncodingMixin:
         encoded: dict[tuple, Tensor] = {}
         for batch in batches_by_length([end - start for _, (start, end) in pieces]):
             ids, mask = pad_right([sequences[pieces[i][0]][slice(*pieces[i][1])] for i in batch])
-            for index, states in zip(batch, self.encode_batch(ids, mask), strict=True):
+            with wide_products(self.norm.weight):
+                encoded_batch = self.encode_batch(ids, mask)
+            for index, states in zip(batch, encoded_batch, strict=True):
                 start, end = pieces[index][1]
                 encoded[pieces[index]] = states[: end - start]
         empty = torch.zeros((0, self.config.context_width), dtype=self.embed_tokens.weight.dtype)

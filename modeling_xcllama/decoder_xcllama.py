@@ -34,6 +34,7 @@ from .fingerprint import KeptDigest
 from .joint_attention import ContextAdapter, ContextReader, JointAttention, JointReading
 from .quantized_tensor import map_state
 from .undisturbed import ordinary_tensors
+from .wide_products import wide_products
 
 
 class XCLlamaPreTrainedModel(LlamaPreTrainedModel):
@@ -335,11 +336,11 @@ class XCLlamaModel(ContextEncodingMixin, ContextChecksMixin, XCLlamaPreTrainedMo
             plan = plan.drop_tokens(self.config.cross_attention_dropout, device)
         states = {name: state[plan.tokens] for name, state in states.items()}
         implementation = resolve_implementation(self.config.cross_attn_implementation, device)
-        projected = (
-            [(states["key"], states["value"])]
-            if "key" in states
-            else project_hidden(states["hidden"], self.context_projections, dtype, implementation)
-        )
+        if "key" in states:
+            projected = [(states["key"], states["value"])]
+        else:
+            with wide_products(self.norm.weight):
+                projected = project_hidden(states["hidden"], self.context_projections, dtype, implementation)
         start = len(self.config.context_prefix or ())
         keys, values = [], []
         for key, value in projected:

@@ -29,6 +29,7 @@ from .generation_xcllama import ContextGenerationMixin
 from .least_squares import fit_least_squares
 from .pipeline_xcllama import custom_pipelines, register_pipeline
 from .warm_start import copy_self_attention, zero_gates
+from .wide_products import wide_products
 
 logger = logging.get_logger(__name__)
 
@@ -76,21 +77,23 @@ class XCLlamaForCausalLM(ContextGenerationMixin, XCLlamaPreTrainedModel, LlamaFo
         Raises:
             ValueError: a context that does not fit the batch or the model.
         """
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            context_cache=context_cache,
-            context_input_ids=context_input_ids,
-            context_attention_mask=context_attention_mask,
-            **kwargs,
-        )
-        kept = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
-        # as a matrix: for a slice of a batch, torch copies the weight of the head, once a row
-        logits = self.lm_head(kept.reshape(-1, kept.shape[-1])).unflatten(0, kept.shape[:-1])
+        tokens = input_ids if inputs_embeds is None else inputs_embeds[..., 0]
+        with wide_products(self.model.norm.weight, tokens.numel()):
+            outputs = self.model(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                use_cache=use_cache,
+                context_cache=context_cache,
+                context_input_ids=context_input_ids,
+                context_attention_mask=context_attention_mask,
+                **kwargs,
+            )
+            kept = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
+            # as a matrix: for a slice of a batch, torch copies the weight of the head, once a row
+            logits = self.lm_head(kept.reshape(-1, kept.shape[-1])).unflatten(0, kept.shape[:-1])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)

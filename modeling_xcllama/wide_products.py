@@ -20,6 +20,7 @@ logger = logging.get_logger(__name__)
 HALF = (torch.bfloat16, torch.float16)
 # rows from which on widening the weights costs less than emulated products
 MANY_ROWS = 5
+ATTENTION = (functional.scaled_dot_product_attention, torch.matmul, Tensor.matmul, Tensor.__matmul__)
 # "auto" (default), "always", "never"
 VARIABLE = "XCLLAMA_WIDE_PRODUCTS"
 
@@ -64,7 +65,10 @@ def wide_products(weight: Tensor, num_rows: int = MANY_ROWS) -> AbstractContextM
 
 
 class WideProducts(TorchFunctionMode):
-    """Linear layers and attention of 16-bit tensors in float32, as far as this thread calls them."""
+    """Linear layers and attention of 16-bit tensors in float32, as far as this thread calls them.
+
+    Flash attention stays: what it reads in 16 bits it multiplies in float32 itself.
+    """
 
     def __init__(self):
         super().__init__()
@@ -74,7 +78,7 @@ class WideProducts(TorchFunctionMode):
         kwargs = kwargs or {}
         if function is functional.linear and _many_rows(args[0]) and type(args[1]) in (Tensor, Parameter):
             return self._linear(*args, **kwargs)
-        if function is functional.scaled_dot_product_attention and _many_rows(args[0]):
+        if function in ATTENTION and _many_rows(args[0]):
             arguments = [_float(value) for value in args]
             keywords = {name: _float(value) for name, value in kwargs.items()}
             return function(*arguments, **keywords).to(args[0].dtype)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modeling_xcllama import XCLlamaForCausalLM
+from modeling_xcllama import XCLlamaForCausalLM, cross_attention
 from modeling_xcllama.context_cache import ProjectedContext
 from modeling_xcllama.context_projection import ReadingPlan
 from modeling_xcllama.decoding_speed import decoding_compile_config
@@ -216,3 +216,23 @@ def test_saved_weights_load_into_another_model(model, make_sharp_llama, tmp_path
 def test_wrong_fields_are_refused(tiny_base, fields, message):
     with pytest.raises(ValueError, match=message):
         XCLlamaForCausalLM.from_decoder(tiny_base, init="random", **(JOINT | fields))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("length", [1, 7])
+def test_flash_attention_is_what_plain_products_are(model, length, dtype, monkeypatch):
+    ran, flash = [], cross_attention._attend_flash
+    monkeypatch.setattr(cross_attention, "_attend_flash", lambda *inputs: ran.append(1) or flash(*inputs))
+    monkeypatch.setattr(cross_attention, "has_native_products", lambda dtype: False)
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(2, length, 4, 16, generator=generator).to(dtype)
+    # channel by channel, too: flash attention takes a head for contiguous
+    key, value = (torch.randn(2, 16, 50, generator=generator).permute(2, 0, 1).to(dtype) for _ in range(2))
+    arguments = query, key, value, cross_attention.ContextRows((0, 20, 50), (1, 0)), 0.25
+    with torch.no_grad():
+        found = cross_attention.cross_attention_with_lse(*arguments, "sdpa")
+        wanted = cross_attention.cross_attention_with_lse(*arguments, "eager")
+    assert len(ran) == 2
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=tolerance)

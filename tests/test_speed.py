@@ -70,11 +70,11 @@ def test_rows_in_any_order(data, lengths):
     assert rows.order is rows.order
 
 
+@pytest.mark.parametrize("native", [True, False], ids=["native", "emulated"])
 @pytest.mark.parametrize("queries", [1, 40, 400])
-def test_few_queries_are_products(queries, monkeypatch):
-    """In bfloat16 on a CPU without gradients, else flash."""
-    # emulated products would be slower
-    monkeypatch.setattr(cross_attention, "has_native_products", lambda dtype: True)
+def test_few_queries_are_products(queries, native, monkeypatch):
+    """In bfloat16 of the CPU's own without gradients, else flash."""
+    monkeypatch.setattr(cross_attention, "has_native_products", lambda dtype: native)
     ran = []
     products = cross_attention._attend_products
     monkeypatch.setattr(
@@ -92,7 +92,7 @@ def test_few_queries_are_products(queries, monkeypatch):
     with torch.no_grad():
         got = cross_attention.sdpa_cross_attention(*half, rows, 0.25)
     # two query heads share a head of keys
-    few = 2 * queries <= cross_attention.PRODUCT_QUERIES
+    few = native and 2 * queries <= cross_attention.PRODUCT_QUERIES
     assert ran == [torch.bfloat16] * few
     torch.testing.assert_close(got.float(), exact, atol=2e-2, rtol=2e-2)
 

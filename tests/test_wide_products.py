@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from modeling_xcllama import wide_products
 from modeling_xcllama.wide_products import MANY_ROWS, WideProducts, has_native_products
 
-PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "linear", "_scaled_dot_product", "matmul")
+PRODUCTS = ("::mm", "::addmm", "::bmm", "::baddbmm", "::linear")
 
 
 class Products(TorchDispatchMode):
