@@ -17,6 +17,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from modeling_xcllama import XCLlamaForCausalLM
 from modeling_xcllama.checkpoints import find_model
+from modeling_xcllama.wide_products import has_native_products
 from xcllama.models import load_model
 
 SEED = 0
@@ -56,17 +57,19 @@ class Clock(BaseStreamer):
 
 
 class Models:
-    """The base, the checkpoint that ships (hidden layout), and untrained siblings: condensed, the paper's block."""
+    """The base that reads prompts; the checkpoint that ships, and untrained siblings: condensed, the paper's block."""
 
     def __init__(self):
         torch.manual_seed(SEED)
-        self.dtype = torch.bfloat16 if bfloat16_is_fast() else torch.float32
+        # what is compared with has no products of its own: it runs in what the CPU multiplies fastest
+        self.dtype = torch.bfloat16 if has_native_products(torch.bfloat16) else torch.float32
         self.base = AutoModelForCausalLM.from_pretrained(find_model(BASE), dtype=self.dtype).eval()
-        self.hidden, self.processor = load_model(CHECKPOINT, base=self.base)
+        self.own = own = AutoModelForCausalLM.from_pretrained(find_model(BASE), dtype="auto").eval()
+        self.hidden, self.processor = load_model(CHECKPOINT, base=own)
         config = self.hidden.config
         fields = {"context_layer": config.context_layer, "cross_attention_layers": config.cross_attention_layers}
-        self.condensed = XCLlamaForCausalLM.from_decoder(self.base, cross_attention_share_key_value=True, **fields)
-        self.paper = XCLlamaForCausalLM.from_decoder(self.base, init="random", **PAPER_BLOCK, **fields)
+        self.condensed = XCLlamaForCausalLM.from_decoder(own, cross_attention_share_key_value=True, **fields)
+        self.paper = XCLlamaForCausalLM.from_decoder(own, init="random", **PAPER_BLOCK, **fields)
         for model in (self.condensed, self.paper):
             model.eval()
         self.question = self.processor(text=[QUESTION], return_tensors="pt")["input_ids"]
@@ -81,11 +84,6 @@ def read_text() -> str:
     """The four passages of the demo, one after the other."""
     folder = Path(__file__).parent / "passages"
     return "\n\n".join(json.loads(path.read_text())["text"] for path in sorted(folder.glob("*.json")))
-
-
-def bfloat16_is_fast() -> bool:
-    """Whether the processor has bfloat16 products."""
-    return "avx512_bf16" in (flags := Path("/proc/cpuinfo").read_text()) or "amx_bf16" in flags
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -135,7 +133,7 @@ def measure_limits(models: Models) -> dict:
     read = block.nbytes / min(seconds_of(block.sum, 7))
     left, right = (torch.randn(2048, 2048, dtype=models.dtype) for _ in range(2))
     products = 2 * 2048**3 / min(seconds_of(lambda: left @ right, 9))
-    base = models.base
+    base = models.own
     # the input embedding is looked up, not read; tied, it is the head
     weights = sum(parameter.nbytes for parameter in base.parameters())
     added = sum(parameter.nbytes for name, parameter in models.hidden.added_parameters() if "projections" not in name)
@@ -165,7 +163,7 @@ def measure_products(base) -> dict[str, float]:
             torch.nn.functional.linear(tokens[weight.shape[1]], weight)
 
     found = {"torch": median(seconds_of(plain, 7))}
-    if weights[0].dtype == torch.bfloat16:
+    if base.dtype == torch.bfloat16:
         packed = [((weight * 100).round().clamp(-127, 127).to(torch.int8), weight[:, 0]) for weight in weights]
 
         def integers() -> None:
