@@ -1,5 +1,6 @@
 """The tables of README.md and docs/, each made from configs or one file of results/."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def bytes_table() -> str:
             rows[f"{label}, {dtype}"] = lambda name, fields=fields, dtype=dtype: cache_bytes(
                 decoder_config(name, **fields), dtype
             )
-    lines = ["| cache | " + " | ".join(DECODERS) + " |", "|---|" + "---:|" * len(DECODERS)]
+    lines = head(f"cache | {' | '.join(DECODERS)}")
     for label, measure in rows.items():
         cells = []
         for name in DECODERS:
@@ -83,20 +84,41 @@ def source(name: str, result: dict[str, Any], rows: list[dict[str, Any] | None] 
     return "\n".join(lines)
 
 
+def measured(name: str, command: str, origins: Callable[[dict[str, Any]], list] = lambda result: []) -> Callable:
+    """Make a table of what turns results/NAME.json into lines: with its source below, or with what measures it.
+
+    Args:
+        origins: of rows that were measured apart, see `source`.
+    """
+
+    def make(lines_of: Callable[[dict[str, Any]], list[str]]) -> Callable[[], str]:
+        def table() -> str:
+            result = read_result(RESULTS, name)
+            if result is None:
+                return f"Not measured yet: `{command}`."
+            return "\n".join(lines_of(result)) + "\n" + source(name, result, origins(result))
+
+        return table
+
+    return make
+
+
+def head(columns: str, left: int = 1) -> list[str]:
+    """The first lines of a table whose columns stand between bars; those behind the first `left` hold numbers."""
+    return [f"| {columns} |", "|" + "---|" * left + "---:|" * (columns.count("|") + 1 - left)]
+
+
 def cell(value: float | None, form: str) -> str:
     """A number in `form`; empty where there is none."""
     return "" if value is None else format(value, form)
 
 
-def demo_table() -> str:
+@measured("demo", "python scripts/demo.py --json results/demo.json")
+def demo_table(result: dict[str, Any]) -> list[str]:
     """The figures and answers of `make demo`."""
-    result = read_result(RESULTS, "demo")
-    if result is None:
-        return "Not measured yet: `python scripts/demo.py --json results/demo.json`."
-    lines = [
-        "| document | passages | tokens | cache file | KV cache | first token, cache | first token, prompt | ratio |",
-        "|---|" + "---:|" * 7,
-    ]
+    lines = head(
+        "document | passages | tokens | cache file | KV cache | first token, cache | first token, prompt | ratio"
+    )
     for row in result["documents"]:
         cache, prompt = row["first_token_from_cache_seconds"], row["first_token_from_prompt_seconds"]
         lines.append(
@@ -107,23 +129,17 @@ def demo_table() -> str:
     answers = [item for row in result["documents"] for item in row["answers"]]
     right = sum(item["right"] for item in answers)
     lines += ["", f"{right} of {len(answers)} answers hold what is expected:", ""]
-    lines += ["| question | expected | passage found | answer from its cache |", "|---|---|---|---|"]
+    lines += head("question | expected | passage found | answer from its cache", left=4)
     for item in answers:
         answer = item["answer"].replace("\n", " ").replace("|", "\\|")
         lines.append(f"| {item['question']} | {item['expected']} | {item['passage']} | {answer} |")
-    return "\n".join(lines) + "\n" + source("demo", result)
+    return lines
 
 
-def evaluation_table() -> str:
+@measured(f"eval_{DEFAULT}", "make evaluate-test", lambda result: [run["origin"] for run in result["runs"]])
+def evaluation_table(result: dict[str, Any]) -> list[str]:
     """Quality and cost of every method on the held-out questions, and what the project aims at."""
-    name = f"eval_{DEFAULT}"
-    result = read_result(RESULTS, name)
-    if result is None:
-        return "Not measured yet: `make evaluate-test`."
-    lines = [
-        "| method | task | questions | F1 or accuracy | 95 % interval | exact | bytes a token |",
-        "|---|---|" + "---:|" * 5,
-    ]
+    lines = head("method | task | questions | F1 or accuracy | 95 % interval | exact | bytes a token", left=2)
     for run in scored_runs(result):
         figure, exact, cost = run["score"], run["quality"].get("exact_match", {}), run["cost"]
         low, high = figure["interval"]
@@ -139,7 +155,7 @@ def evaluation_table() -> str:
             f"| {aim['relation']} {aim['required']:.3f} | {'yes' if aim['met'] else 'no'} |"
             for aim in aims
         ]
-    return "\n".join(lines) + "\n" + source(name, result, [run["origin"] for run in result["runs"]])
+    return lines
 
 
 def questions_seen(model: str) -> int | None:
@@ -151,17 +167,17 @@ def questions_seen(model: str) -> int | None:
     return None if None in counts else sum(counts)
 
 
-def quality_table() -> str:
+def quality_runs(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """The runs of README's table: controls, and quantized caches of other checkpoints, stand in docs/results.md."""
+    shown = [run for run in scored_runs(result) if run["task"] == QUALITY_TASK and run["mode"] != "cross_shuffled"]
+    return [run for run in shown if run["model"] == DEFAULT or run["cache_dtype"] not in ("int8", "int4")]
+
+
+@measured(f"eval_{DEFAULT}", "make evaluate-test", lambda result: [run["origin"] for run in quality_runs(result)])
+def quality_table(result: dict[str, Any]) -> list[str]:
     """The main task of the evaluation alone, with the questions that each method saw in training."""
-    name = f"eval_{DEFAULT}"
-    result = read_result(RESULTS, name)
-    if result is None:
-        return "Not measured yet: `make evaluate-test`."
-    lines = ["| method | F1 | 95 % interval | questions seen in training | bytes a token |", "|---|" + "---:|" * 4]
-    shown = [run for run in scored_runs(result) if run["task"] == QUALITY_TASK]
-    # quantized caches but of the default checkpoint, and controls, stand in docs/results.md
-    shown = [run for run in shown if run["mode"] != "cross_shuffled"]
-    shown = [run for run in shown if run["model"] == DEFAULT or run["cache_dtype"] not in ("int8", "int4")]
+    lines = head("method | F1 | 95 % interval | questions seen in training | bytes a token")
+    shown = quality_runs(result)
     for run in shown[:10]:
         low, high = run["score"]["interval"]
         seen = questions_seen(run["model"])
@@ -172,41 +188,34 @@ def quality_table() -> str:
         )
     documents = shown[0]["score"]["documents"]
     lines += ["", f"{documents} questions of `{QUALITY_TASK}`, split {shown[0]['split']}."]
-    return "\n".join(lines) + "\n" + source(name, result, [run["origin"] for run in shown])
+    return lines
 
 
-def ablations_table() -> str:
+@measured("ablations", "make ablations", lambda result: [row.get("provenance") for row in result["rows"]])
+def ablations_table(result: dict[str, Any]) -> list[str]:
     """What each choice of the recipe gives or costs in short runs."""
-    result = read_result(RESULTS, "ablations")
-    if result is None:
-        return "Not measured yet: `make ablations`."
     answers = result["rows"][0]["answers"]
-    lines = [
-        f"| after {result['rows'][0]['step']} steps | trained weights | loss of a held-out answer token "
-        f"| with another passage | F1, {answers['questions']} questions of `{answers['task']}` | 95 % interval |",
-        "|---|" + "---:|" * 5,
-    ]
+    lines = head(
+        f"after {result['rows'][0]['step']} steps | trained weights | loss of a held-out answer token "
+        f"| with another passage | F1, {answers['questions']} questions of `{answers['task']}` | 95 % interval"
+    )
     for row in result["rows"]:
         loss, (low, high) = row["held_out"]["answer_loss"], row["answers"]["interval"]
         lines.append(
             f"| {row['row']} | {row['parameters']['trained']:,} | {loss['right_context']:.3f} "
             f"| {loss['wrong_context']:.3f} | {row['answers']['f1']:.3f} | {low:.3f} to {high:.3f} |"
         )
-    return "\n".join(lines) + "\n" + source("ablations", result, [row.get("provenance") for row in result["rows"]])
+    return lines
 
 
-def reading_layers_table() -> str:
+@measured("reading_layers", "python scripts/reading_layers.py")
+def reading_layers_table(result: dict[str, Any]) -> list[str]:
     """What of the prompt's gain a reader without training keeps, and what it costs, by states and reading layers."""
-    result = read_result(RESULTS, "reading_layers")
-    if result is None:
-        return "Not measured yet: `python scripts/reading_layers.py`."
     prompt, least = result["loss_prompt"], result["loss_without"]
-    length = f"{result['context_tokens']:,}"
-    lines = [
-        "| cached states | layers that read | loss of held-out text | of the prompt's gain | bytes a token, stored "
-        f"| resident | ms a token at {length} tokens |",
-        "|---|" + "---:|" * 6,
-    ]
+    lines = head(
+        "cached states | layers that read | loss of held-out text | of the prompt's gain | bytes a token, stored "
+        f"| resident | ms a token at {result['context_tokens']:,} tokens"
+    )
     for row in result["rows"]:
         lines.append(
             f"| {' and '.join(map(str, row['states']))} | {len(row['layers'])} | {row['loss']:.3f} "
@@ -218,17 +227,16 @@ def reading_layers_table() -> str:
         f"| keys and values of the prompt | all | {prompt:.3f} | 100 % | {size:,} | {size:,} | {1000 * seconds:.1f} |",
         f"| none | | {least:.3f} | 0 % | | | |",
     ]
-    return "\n".join(lines) + "\n" + source("reading_layers", result)
+    return lines
 
 
 def request_lines(result: dict[str, Any], only: tuple[str, ...] | None = None) -> list[str]:
     """Latency and bytes of requests at 4,096 tokens, or at the longest context that was measured."""
     measured = [int(name.split("_")[1]) for name in result if name.startswith("context_") and name[8:].isdecimal()]
     length = 4096 if 4096 in measured else max(measured)
-    lines = [
-        f"| {length:,} tokens of context, one request | first token | a token after it | on disk | keys and values |",
-        "|---|" + "---:|" * 4,
-    ]
+    lines = head(
+        f"{length:,} tokens of context, one request | first token | a token after it | on disk | keys and values"
+    )
     requests = result[f"context_{length}"]["requests"]
     for name in only or requests:
         if name not in requests:
@@ -242,33 +250,26 @@ def request_lines(result: dict[str, Any], only: tuple[str, ...] | None = None) -
     return lines
 
 
-def requests_table() -> str:
+@measured("benchmark", "make bench")
+def requests_table(result: dict[str, Any]) -> list[str]:
     """Of the speed table the requests that a user chooses between."""
-    result = read_result(RESULTS, "benchmark")
-    if result is None:
-        return "Not measured yet: `make bench`."
-    return "\n".join(request_lines(result, REQUESTS)) + "\n" + source("benchmark", result)
+    return request_lines(result, REQUESTS)
 
 
-def speed_table() -> str:
+@measured("benchmark", "make bench")
+def speed_table(result: dict[str, Any]) -> list[str]:
     """Latency and bytes of every way to answer from a long context, and the ratios that have a target."""
-    result = read_result(RESULTS, "benchmark")
-    if result is None:
-        return "Not measured yet: `make bench`."
     lines = request_lines(result)
-    lines += ["", "| ratio | measured | target |", "|---|---:|---:|"]
+    lines += ["", *head("ratio | measured | target")]
     for name, row in result["ratios"].items():
         if row["target"] is not None:
             lines.append(f"| {name} | {row['value']:.2f} | {row['target']} |")
-    return "\n".join(lines) + "\n" + source("benchmark", result)
+    return lines
 
 
-def store_table() -> str:
+@measured("store_benchmark", "python scripts/benchmark_store.py --json results/store_benchmark.json")
+def store_table(result: dict[str, Any]) -> list[str]:
     """What the context store costs beside a raw control of the same run; what the run did not measure is left out."""
-    name = "store_benchmark"
-    result = read_result(RESULTS, name)
-    if result is None:
-        return "Not measured yet: `python scripts/benchmark_store.py --json results/store_benchmark.json`."
     rows = [
         (f"read {count} documents, warm; memory map", "microseconds", "raw_microseconds", 1, "us", row)
         for count, row in result.get("warm", {}).items()
@@ -282,7 +283,7 @@ def store_table() -> str:
     if first := result.get("first_token"):
         row = first | {"ratio": 1 / first["store_over_bare_file"]}
         rows.append(("first token; bare cache file", "seconds", "bare_file_seconds", 1e3, "ms", row))
-    lines = ["| what; control | store | control | store / control, in throughput |", "|---|---:|---:|---:|"]
+    lines = head("what; control | store | control | store / control, in throughput")
     for what, field, control, scale, unit, row in rows:
         cells = [f"{scale * row[key]:,.0f} {unit}" for key in (f"store_{field}", control)]
         lines.append(f"| {what} | {' | '.join(cells)} | {row['ratio']:.2f} |")
@@ -301,15 +302,12 @@ def store_table() -> str:
     # what else the machine did makes single figures, and ratios a little, worse
     facts.append(f"load average of the machine at the start {result['load_average']:.1f}")
     lines += ["", "; ".join(facts) + "."]
-    return "\n".join(lines) + "\n" + source(name, result)
+    return lines
 
 
-def kernels_table() -> str:
+@measured("kernels_inspect", "make kernels-inspect")
+def kernels_table(result: dict[str, Any]) -> list[str]:
     """What the compiler makes of the Triton kernels on each chip, and the least time of a decoding step."""
-    name = "kernels_inspect"
-    result = read_result(RESULTS, name)
-    if result is None:
-        return "Not measured yet: `make kernels-inspect`."
     lines = [
         "| chip | variants | registers | spilled bytes | shared memory | products | decode: bytes asked / needed |",
         "|---|" + "---:|" * 4 + "---|---:|",
@@ -325,18 +323,15 @@ def kernels_table() -> str:
             f"| {chip} | {len(records)} | {most['registers']} | {most['spill_bytes']} "
             f"| {most['shared_bytes'] / 1024:,.0f} KiB | {', '.join(kinds)} | {max(asked):.3f} |"
         )
-    lines += [
-        "",
-        "| least time of decoding, 32 heads, 8 KV heads of 128 | 16 bit, H100 | int8, H100 | int4, H100 "
-        "| 16 bit, MI300X | int8, MI300X | int4, MI300X |",
-        "|---|" + "---:|" * 6,
-    ]
+    chips = ("H100", "MI300X")
+    times = " | ".join(f"{bits}, {chip}" for chip in chips for bits in ("16 bit", "int8", "int4"))
+    lines += ["", *head(f"least time of decoding, 32 heads, 8 KV heads of 128 | {times}")]
     rows = [row for row in result["rooflines"] if row["heads"] == [32, 8]]
     for batch, context in dict.fromkeys((row["batch"], row["context"]) for row in rows):
         times = {row["bits"]: row["decode_us"] for row in rows if (row["batch"], row["context"]) == (batch, context)}
-        cells = [f"{times[bits][chip]:,.1f} us" for chip in ("H100", "MI300X") for bits in (0, 8, 4)]
+        cells = [f"{times[bits][chip]:,.1f} us" for chip in chips for bits in (0, 8, 4)]
         lines.append(f"| {batch} x {context:,} tokens of context | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n" + source(name, result)
+    return lines
 
 
 def headline_table() -> str:
@@ -364,11 +359,9 @@ def headline_table() -> str:
     return "\n".join([*lines, *(f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items())])
 
 
-def newcomer_table() -> str:
+@measured("newcomer", "make newcomer")
+def newcomer_table(result: dict[str, Any]) -> list[str]:
     """The questions of `make newcomer` with their answers, and what the commands printed."""
-    result = read_result(RESULTS, "newcomer")
-    if result is None:
-        return "Not measured yet: `make newcomer`."
     totals, added = result["totals"], result["add"]
     lines = ["| question | answer | score | from | verdict |", "|---|---|---:|---|---|"]
     for row in result["questions"]:
@@ -385,7 +378,7 @@ def newcomer_table() -> str:
         f"{added['files']['read']} files ({added['added']['tokens']:,} tokens) in {added['seconds']:.0f} s and "
         f"printed {added['lines']} lines; {warned} lines were warnings.",
     ]
-    return "\n".join(lines) + "\n" + source("newcomer", result)
+    return lines
 
 
 TABLES = {
