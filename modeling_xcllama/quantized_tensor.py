@@ -5,6 +5,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 # channels that share a scale where a head is wider
 GROUP = 64
@@ -13,6 +16,8 @@ NUM_OUTLIERS = 2
 OUTLIER_CODES = {8: (-128, 127), 4: (14, 15)}
 # finite, and in the normal range of float16
 SMALLEST, LARGEST = 2.0**-14, 65504.0
+# share of groups with more outliers than are kept from which on that is said
+LOST_SHARE = 0.01
 
 
 @dataclass(frozen=True)
@@ -138,6 +143,8 @@ def quantize(states: Tensor, bits: int) -> QuantizedTensor:
         # a group of outliers alone has no range
         scale = _float16((top - zero.float()).clamp(min=0) / 13)
         codes = ((grouped - zero.float()) / scale.float()).round().clamp(0, 13)
+    values = codes * scale.float() + (0 if zero is None else zero.float())
+    _warn_of_lost(grouped, values.where(rest, grouped))
     marks = torch.tensor([low, high], dtype=codes.dtype, device=codes.device)[: places.shape[-1]]
     codes = codes.scatter(-1, places, marks.expand_as(places)).flatten(-2)
     outliers = torch.zeros(*grouped.shape[:-1], NUM_OUTLIERS, dtype=torch.float16, device=states.device)
@@ -147,6 +154,16 @@ def quantize(states: Tensor, bits: int) -> QuantizedTensor:
         return QuantizedTensor(codes.to(torch.int8), scale.squeeze(-2))
     first, second = codes.to(torch.uint8).chunk(2, dim=-1)
     return QuantizedTensor(first | (second << 4), scale, zero.squeeze(-1))
+
+
+def _warn_of_lost(grouped: Tensor, values: Tensor) -> None:
+    """Say where more values stand out than are kept: most of those beside them are rounded away."""
+    lost = (values - grouped).abs().median(-1).values > 0.5 * grouped.abs().median(-1).values
+    if lost.numel() and (share := lost.float().mean().item()) > LOST_SHARE:
+        logger.warning(
+            f"{100 * share:.0f} % of the groups have more than {NUM_OUTLIERS} outliers, beside which other values are "
+            "rounded away: keep these states in 16 bit."
+        )
 
 
 def _float16(scale: Tensor) -> Tensor:

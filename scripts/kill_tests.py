@@ -34,9 +34,9 @@ MEASURED = (
     "modeling_xcllama/context_file.py",
     "scripts/kill_tests.py",
 )
-WIDTH, NAMES = 16, 40
+WIDTH, NAMES = 16, 20
 # a child is killed after fewer operations than these, and so many seconds at most
-MOST_OPERATIONS, MOMENTS = 4, 0.1
+MOST_OPERATIONS, MOMENTS = 3, 0.1
 
 
 class Processor:
@@ -163,7 +163,8 @@ def random_text() -> str:
 
 def store_of(folder: Path, **options) -> ContextStore:
     """A store of many small shards, whose documents are not split."""
-    return ContextStore(folder, MODEL, PROCESSOR, shard_bytes=1 << 15, passage_tokens=None, **options)
+    options = {"shard_bytes": 1 << 15, "passage_tokens": None} | options
+    return ContextStore(folder, MODEL, PROCESSOR, **options)
 
 
 def change(folder: Path, say: Say, compacts: float) -> None:
@@ -220,7 +221,7 @@ def snapshots(folder: Path) -> list[Path]:
     """Two snapshots of one store at different times, made if needed."""
     places = [folder.parent / f"snapshot{number}" for number in range(2)]
     if not (places[1] / "manifest.json").is_file():
-        with store_of(folder.parent / "source") as store:
+        with store_of(folder.parent / "source", shard_bytes=1 << 18) as store:
             for number, place in enumerate(places):
                 texts = {f"d{name}": f"text {name} {number if name % 3 else ''} " * 30 for name in range(NAMES)}
                 store.add(texts.keys(), texts.values(), progress=False)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from modeling_xcllama import ContextCache, atomic_file
+from modeling_xcllama import ContextCache, atomic_file, quantized_tensor
 from modeling_xcllama.atomic_file import replaced_file, save_tensors
 from modeling_xcllama.quantized_tensor import QuantizedTensor, quantize
 
@@ -105,6 +105,21 @@ def test_outliers_leave_their_neighbours_alone(channels, shape):
         assert error < most
         # where such a channel is small for once it is a value as the others
         torch.testing.assert_close(got[..., channels], states[..., channels], rtol=1e-3, atol=3 * most)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_more_outliers_than_are_kept_are_said(bits, monkeypatch):
+    said = []
+    monkeypatch.setattr(quantized_tensor.logger, "warning", said.append)
+    states = torch.randn(50, 3, 64, generator=torch.Generator().manual_seed(0))
+    for plain in (states, states.square(), torch.zeros(5, 1, 64), torch.full((5, 1, 64), 7.0), states[:, :, :2]):
+        quantize(plain, bits)
+    states[..., [3, 30]] *= 300
+    quantize(states, bits)
+    assert said == []
+    states[:, 0, 40] *= 300
+    quantize(states, bits)
+    assert "33 % of the groups have more than 2 outliers" in said[0]
 
 
 def test_massive_activations_of_the_first_tokens():
