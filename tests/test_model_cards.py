@@ -17,7 +17,6 @@ from dataset_builders import SOURCES
 from dataset_builders.card import render_card
 from modeling_xcllama import XCLlamaConfig, XCLlamaForCausalLM
 from modeling_xcllama.checkpoints import is_added_weights
-from xcllama.costs import cache_bytes, key_value_bytes, projected_bytes
 from xcllama.models import load_model
 from xcllama.publishing.assembling import (
     assemble_adapter,
@@ -330,19 +329,6 @@ def test_a_folder_that_answers_differently_is_refused(change):
     require_equal(Path("folder"), {"tokens": [0], "logits": [0.5, 0.51]}, expected)
     with pytest.raises(ValueError, match="folder differs from its source"):
         require_equal(Path("folder"), expected | change, expected)
-
-
-def test_bytes_a_token_are_what_a_request_holds(make_llama):
-    """The card's resident bytes are those of keys and values that the model really makes."""
-    for fields in ({}, {"cross_attention_share_weights": True}, {"cross_attention_share_key_value": True}):
-        model = XCLlamaForCausalLM.from_decoder(make_llama().to(torch.bfloat16), **fields)
-        cache = model.encode_context(torch.arange(3, 43)[None])
-        assert cache_bytes(model.config) == cache.bytes_per_token
-        report = model.project_context(cache).memory_report()
-        assert report.key_value_bytes / 40 == projected_bytes(model.config)
-    encoder = XCLlamaConfig(encoder_config=BertConfig(hidden_size=384))
-    assert cache_bytes(encoder) == 768
-    assert key_value_bytes(encoder) == 512 * 1024
 
 
 def test_the_kernel_card(tmp_path):
