@@ -5,7 +5,6 @@ from typing import ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig, PreTrainedConfig
-from transformers.configuration_utils import SubConfigSpec
 from transformers.models.auto.configuration_auto import AutoConfig
 
 # fields of an encoder's config that say nothing about its states
@@ -60,9 +59,7 @@ class XCLlamaConfig(LlamaConfig):
     """
 
     model_type = "xcllama"
-    sub_configs_defaults: ClassVar[dict] = {
-        "encoder_config": SubConfigSpec(config_class=AutoConfig, model_type="bert", optional=True)
-    }
+    sub_configs: ClassVar[dict] = {"encoder_config": AutoConfig}
 
     cross_attention_mode: str = "block"
     cross_attention_layers: list[int] | None = None
@@ -101,6 +98,8 @@ class XCLlamaConfig(LlamaConfig):
             )
         if not isinstance(self.encoder_config, dict | PreTrainedConfig | None):
             raise ValueError(f"`encoder_config` must be a config or None, got {self.encoder_config!r:.80}.")
+        if isinstance(self.encoder_config, dict):
+            self.encoder_config = AutoConfig.for_model(**({"model_type": "bert"} | self.encoder_config))
         super().__post_init__(**kwargs)
         joint = self.reads_jointly
         if self.cross_attention_layers is None:

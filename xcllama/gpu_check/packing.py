@@ -1,6 +1,7 @@
 """What a machine without a network needs, in two archives that are unpacked into one folder, in any order.
 
-This project, tokens, packages that may be missing, and the decoder: its 4-bit GGUF file, cut in two.
+The first has this project and packages that may be missing, the second tokens to train on; the decoder's 4-bit GGUF
+file is cut in two.
 """
 
 import io
@@ -51,6 +52,8 @@ def pack(folder: Path) -> list[Path]:
             with tarfile.open(path, "w:gz", compresslevel=6) as archive:
                 if number == 0:
                     _add_project(archive, scratch)
+                else:
+                    archive.add(pool_folder(), f"{FOLDER}/data")
                 _add_bytes(archive, f"base/{PART.format(number)}", decoder[number * half : (number + 1) * half])
             if path.stat().st_size > MOST_BYTES:
                 raise ValueError(f"{path.name} has {path.stat().st_size:,} bytes, the most is {MOST_BYTES:,}.")
@@ -70,7 +73,6 @@ def _add_project(archive: tarfile.TarFile, scratch: Path) -> None:
         with zipfile.ZipFile(wheel) as content:
             content.extractall(scratch / "packages" / name)
     archive.add(scratch / "packages", f"{FOLDER}/packages")
-    archive.add(pool_folder(), f"{FOLDER}/data")
     _add_bytes(archive, ORIGIN, json.dumps(tree()).encode())
 
 
