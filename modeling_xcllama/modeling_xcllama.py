@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
-from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
+from transformers.modeling_utils import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaRotaryEmbedding
 from transformers.utils import can_return_tuple, logging
 
@@ -91,7 +91,7 @@ class XCLlamaForCausalLM(ContextGenerationMixin, XCLlamaPreTrainedModel, LlamaFo
                 context_attention_mask=context_attention_mask,
                 **kwargs,
             )
-            kept = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
+            kept = states_to_keep(outputs.last_hidden_state, logits_to_keep)
             # as a matrix: for a slice of a batch, torch copies the weight of the head, once a row
             logits = self.lm_head(kept.reshape(-1, kept.shape[-1])).unflatten(0, kept.shape[:-1])
         loss = None
@@ -306,6 +306,15 @@ class XCLlamaForCausalLM(ContextGenerationMixin, XCLlamaPreTrainedModel, LlamaFo
         with torch.no_grad():
             for name, tensor in tensors.items():
                 own[name].copy_(tensor)
+
+
+def states_to_keep(states: Tensor, kept: int | Tensor) -> Tensor:
+    """The states of `logits_to_keep`: the last positions (0: all), or positions or a mask, of all rows or of each."""
+    if isinstance(kept, int):
+        return states[:, -kept:]
+    if kept.dim() == 1:
+        return states[:, kept]
+    return states[kept] if kept.dtype == torch.bool else states.take_along_dim(kept[..., None], dim=1)
 
 
 def token_ids(texts: Iterable[str] | Iterable[list[int]], base: PreTrainedModel) -> Iterator[list[int]]:
