@@ -5,6 +5,8 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
 import httpx
 import openai
@@ -16,12 +18,11 @@ pytest.importorskip("ray.serve", reason="the extra `serving` is not installed")
 import ray
 from ray import serve
 
+from xcllama.models import load_model
 from xcllama.serving.deployment import APP, start, stop
 from xcllama.serving.engine import Settings
 from xcllama.store import ContextStore
 
-# Ray's workers give way to everything else on the machine, so that beside a busy one they hardly start
-os.environ.setdefault("RAY_worker_niceness", "0")
 MODEL, CLIENTS, NUM_TOKENS = "tiny", 32, 8
 QUESTIONS = [(f"Question {n}?", sorted({f"manual-{n % 8}", f"manual-{n * 5 % 8}"})) for n in range(16)]
 
@@ -29,10 +30,14 @@ QUESTIONS = [(f"Question {n}?", sorted({f"manual-{n % 8}", f"manual-{n * 5 % 8}"
 class Cluster:
     """Two replicas over a store, and what `generate` answers to `QUESTIONS`."""
 
-    def __init__(self, path, keys):
-        self.model, self.processor = load_tiny()
+    def __init__(self, folder: Path):
+        # as a user's: replicas import nothing of the tests
+        self.load_model = partial(load_model, str(folder / "model"))
+        self.model, self.processor = self.load_model()
         self.url = f"http://127.0.0.1:{free_port()}"
-        self.deploy(str(path), keys)
+        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="sk-alpha", max_retries=0, timeout=120)
+        path = folder / "corpus.xcs"
+        self.deploy(str(path), folder / "keys")
         with ContextStore(path, self.model, self.processor, "alpha") as store:
             self.expected = [answer_of(self.model, self.processor, store, *one, NUM_TOKENS) for one in QUESTIONS]
 
@@ -40,13 +45,13 @@ class Cluster:
         """Serve `store`, instead of what is served now."""
         bounds = {"max_rows": 8, "max_prompt_tokens": 200, "max_new_tokens": 60, "context_bytes": 4 << 20}
         settings = Settings(store, MODEL, max_context_tokens=1000, max_seconds=60.0, **bounds, **options)
-        start(load_tiny, settings, replicas=(2, 2), cpus=0.5, keys=keys, port=int(self.url.rpartition(":")[2]))
+        start(self.load_model, settings, replicas=(2, 2), cpus=0.5, keys=keys, port=int(self.url.rpartition(":")[2]))
 
-    def ask(self, number: int, client: openai.OpenAI, stream: bool) -> str:
+    def ask(self, number: int, stream: bool) -> str:
         question, documents = QUESTIONS[number]
         fields = {"model": MODEL, "messages": [{"role": "user", "content": question}], "max_tokens": NUM_TOKENS}
         fields |= {"stream": stream, "extra_body": {"contexts": documents}}
-        answer = client.chat.completions.create(**fields)
+        answer = self.client.chat.completions.create(**fields)
         if not stream:
             return answer.choices[0].message.content
         return "".join(chunk.choices[0].delta.content or "" for chunk in answer)
@@ -56,16 +61,15 @@ class Cluster:
         counts, failed, end = [0] * CLIENTS, [], time.monotonic() + seconds
 
         def run(own: int) -> None:
-            with openai.OpenAI(base_url=f"{self.url}/v1", api_key="sk-alpha", max_retries=0, timeout=120) as client:
-                while not counts[own] or time.monotonic() < end:
-                    number = (own * 7 + counts[own]) % len(QUESTIONS)
-                    counts[own] += 1
-                    try:
-                        answer = self.ask(number, client, stream=own % 2 == 0)
-                    except openai.APIError as error:
-                        failed.append(error)
-                    else:
-                        assert answer == self.expected[number], QUESTIONS[number]
+            while not counts[own] or time.monotonic() < end:
+                number = (own * 7 + counts[own]) % len(QUESTIONS)
+                counts[own] += 1
+                try:
+                    answer = self.ask(number, stream=own % 2 == 0)
+                except openai.APIError as error:
+                    failed.append(error)
+                else:
+                    assert answer == self.expected[number], QUESTIONS[number]
 
         results = []
         threads = [threading.Thread(target=lambda own=own: results.append(run(own))) for own in range(CLIENTS)]
@@ -95,14 +99,17 @@ def free_port() -> int:
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ray")
     (folder / "keys").write_text(KEYS)
-    with ContextStore(folder / "corpus.xcs", *load_tiny(), "alpha") as store:
+    model, processor = load_tiny()
+    model.save_pretrained(folder / "model")
+    processor.save_pretrained(folder / "model")
+    with ContextStore(folder / "corpus.xcs", model, processor, "alpha") as store:
         store.add(list(TEXTS), list(TEXTS.values()))
     return folder
 
 
 @pytest.fixture(scope="module")
 def cluster(folder):
-    yield Cluster(folder / "corpus.xcs", folder / "keys")
+    yield Cluster(folder)
     stop()
 
 
@@ -190,7 +197,7 @@ def test_a_replica_that_is_killed_comes_back_and_loses_no_request(cluster):
 
 def test_a_snapshot_on_s3_behind_two_replicas(cluster, folder, bucket, tmp_path):
     """The same server over a snapshot, of which each replica fetches what it serves; it takes no documents."""
-    with ContextStore(folder / "corpus.xcs", *load_tiny(), "alpha") as local:
+    with ContextStore(folder / "corpus.xcs", cluster.model, cluster.processor, "alpha") as local:
         local.snapshot(f"{bucket}/corpus")
     access = {"key": "test", "secret": "test", "client_kwargs": {"endpoint_url": os.environ["AWS_ENDPOINT_URL"]}}
     options = {"cache_folder": str(tmp_path), "storage_options": access}

@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import hmac
+import os
 import secrets
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import astuple
@@ -202,6 +203,8 @@ def start(
         address: of a Ray cluster; None: one on this machine that ends with this process.
     """
     if not ray.is_initialized():
+        # by default Ray's workers give way to everything else on the machine: a server's should not
+        os.environ.setdefault("RAY_worker_niceness", "0")
         local = {} if address else {"include_dashboard": False, "object_store_memory": 200 << 20}
         ray.init(address=address, log_to_driver=False, **local)
     serve.start(http_options={"host": host, "port": port, "location": "HeadOnly"})
