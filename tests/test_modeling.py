@@ -136,6 +136,7 @@ def test_added_weights_round_trip(variant_model, tiny_base, batch, tmp_path):
     assert sorted(path.name for path in (tmp_path / "added").iterdir()) == [
         "config.json",
         "cross_attention.safetensors",
+        "xcllama_classes.py",
     ]
     names = [name for name in XCLlamaConfig.__dataclass_fields__ if name.startswith("cross_attention_")]
     fields = {name: getattr(variant_model.config, name) for name in (*names, "context_layer", "context_prefix")}
