@@ -191,7 +191,8 @@ def _asked(
     shown = [*answers.cache[:-1], *answers.prompt[:2], answers.prompt[3], *status]
     hidden = {"api_visibility": "private"}
     names = ({"api_name": "ask"}, {"api_name": "ask_prompt"}) if public else (hidden, hidden)
-    cleared = trigger(lambda: [""] * len(shown), outputs=shown, js=SCROLL, queue=False, **hidden)
+    quietly = {"queue": False, "show_progress": "hidden"}
+    cleared = trigger(lambda: [""] * len(shown), outputs=shown, js=SCROLL, **quietly, **hidden)
     first = cleared.then(
         handlers.ask,
         [question, documents.chosen],

@@ -120,7 +120,8 @@ def test_what_the_documents_do_not_say_is_declined_and_nothing_old_stays(visit):
     page.get_by_label("Compare with").uncheck()
     page.get_by_role("button", name="Ask", exact=True).click()
     # while it is answered nothing of the question before is there
-    page.wait_for_function("!document.querySelector('#headline').innerText && !document.querySelector('#places mark')")
+    cleared = "!document.querySelector('#headline').innerText.trim() && !document.querySelector('#places mark')"
+    page.wait_for_function(cleared)
     assert page.get_by_label("Answer with the text in the prompt").input_value() == ""
     assert page.locator("#times tr").count() == 0
     page.locator("#said", has_text="Not found").wait_for(state="attached")
