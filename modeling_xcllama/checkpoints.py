@@ -1,6 +1,7 @@
 """Folders of added weights (checkpoints/): the base that they belong to is found, and model and processor are made."""
 
 import os
+from dataclasses import fields
 from pathlib import Path
 
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -9,7 +10,7 @@ from .configuration_xcllama import XCLlamaConfig
 
 WEIGHTS_NAME = "cross_attention.safetensors"
 # fields that the base or the code gives, and those that are worked out anew
-OTHER_FIELDS = {"sub_configs_defaults", "sliding_window", "encoder_config", "template_version"}
+OTHER_FIELDS = {"sliding_window", "encoder_config", "template_version"}
 OTHER_FIELDS |= {"context_fingerprint", "base_model_digest"}
 # what the Auto classes and pipelines pass on for repositories: a folder has no use for it
 REPOSITORY_OPTIONS = (
@@ -76,9 +77,10 @@ def from_added_weights(
     base = base or saved.base_model_name_or_path
     if base is None:
         raise ValueError(f"{folder}/config.json names no base model; pass `base`.")
-    own = set(XCLlamaConfig.__annotations__) - OTHER_FIELDS
+    # without what is the class's alone
+    own = {field.name for field in fields(XCLlamaConfig)} & set(XCLlamaConfig.__annotations__) - OTHER_FIELDS
     given = {name: value for name, value in options.items() if name not in REPOSITORY_OPTIONS}
-    fields = {name: given.pop(name) if name in given else getattr(saved, name) for name in sorted(own)}
+    values = {name: given.pop(name) if name in given else getattr(saved, name) for name in sorted(own)}
     if isinstance(base, PreTrainedModel) and given:
         raise ValueError(f"the base is loaded already: leave out {', '.join(given)}.")
     if not isinstance(base, PreTrainedModel):
@@ -90,7 +92,7 @@ def from_added_weights(
         # as many of its layers as were kept
         name = find_model(saved.encoder_name_or_path)
         encoder = AutoModel.from_pretrained(name, config=saved.encoder_config, dtype=base.dtype)
-    model = model_class.from_decoder(base, encoder, init="random", **fields)
+    model = model_class.from_decoder(base, encoder, init="random", **values)
     model.load_cross_attention(folder)
     return model.eval()
 
