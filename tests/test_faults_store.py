@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from store_support import ByteProcessor, TableModel, model, row_states, store, whole_store
 
-from xcllama.store import ContextStore
+from xcllama.store import ContextStore, pull
 from xcllama.store.manifest import Manifest
 
 SHA = "0" * 64
@@ -241,3 +241,26 @@ def test_nothing_is_held_while_many_documents_stream_in(tmp_path, model):
         store.catalogue.commit = counted
         store.add((f"d{number}" for number in range(2000)), texts())
     assert most[0] <= 300 < sys.maxsize
+
+
+def test_a_pull_over_another_snapshot_leaves_its_files_alone(tmp_path, model):
+    """Shards of which a part is published bear other names than whole ones; what a killed pull left goes."""
+    places = [tmp_path / "one", tmp_path / "two"]
+    with whole_store(tmp_path / "source", model) as store:
+        store.add(["a", "b"], ["first text", "second text"])
+        store.snapshot(places[0])
+        store.add(["b"], ["another text"])
+        store.snapshot(places[1])
+    shards = [{path.name for path in (place / "shards").iterdir()} for place in places]
+    assert shards[0].isdisjoint(shards[1])
+    pull(places[0], tmp_path / "target")
+    left = tmp_path / "target" / "shards" / next(iter(shards[0]))
+    content = left.read_bytes()
+    pull(places[1], tmp_path / "target")
+    # as if the pull had been killed before it removed what it replaced
+    left.write_bytes(content)
+    pull(places[1], tmp_path / "target")
+    assert {path.name for path in (tmp_path / "target" / "shards").iterdir()} == shards[1]
+    with ContextStore.open(tmp_path / "target", model, ByteProcessor(), cache_folder=tmp_path / "cache") as store:
+        assert store.verify().damaged == []
+        assert len(store) == 2

@@ -1,5 +1,6 @@
 """Snapshots are published from a store, and copied."""
 
+import re
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -99,6 +100,8 @@ def _upload_shards(catalogue: Catalogue, source: Path, folder: Folder) -> tuple[
             if sum(part.nbytes for context in contexts for part in context.values()) < state_bytes:
                 path = Path(scratch, file_name)
                 _, header = write_shard(path, contexts, catalogue.meta["fingerprint"])
+                # an older snapshot may have more of this shard, under its own name
+                name = f"shards/{sha256_of(path)[:24]}.safetensors"
                 starts = accumulate((state.tokens for state in states), initial=0)
                 states = [state._replace(start=start) for state, start in zip(states, starts, strict=False)]
             places |= {state.state: (name, state.start, state.tokens) for state in states}
@@ -146,6 +149,12 @@ def pull(url: str | Path, folder: str | Path, storage_options: dict | None = Non
         for partial in target.rglob(".*.partial"):
             # of a process that was killed: another one would hold the lock
             partial.unlink()
+        kept = {entry.name: entry.sha256 for entry in manifest.files}
+        here = Folder(target)
+        old = {entry.name: entry.sha256 for entry in here.manifest().files} if here.exists(MANIFEST_NAME) else {}
+        if any(kept.get(name, digest) != digest for name, digest in old.items()):
+            # a file that is replaced is none of the snapshot that was here
+            (target / MANIFEST_NAME).unlink()
         for entry in tracked(manifest.files, "files"):
             path = target / entry.name
             if not (path.is_file() and path.stat().st_size == entry.nbytes and sha256_of(path) == entry.sha256):
@@ -154,4 +163,10 @@ def pull(url: str | Path, folder: str | Path, storage_options: dict | None = Non
                     if sha256_of(file.name) != entry.sha256:
                         raise ValueError(f"{source.url}/{entry.name} has another SHA-256 than its manifest says.")
         card = source.read("README.md") if source.exists("README.md") else render_card(manifest, source.url)
-        return Folder(target).commit(manifest, card)
+        here.commit(manifest, card)
+        for kind, pattern in FILE_NAMES.items():
+            for path in (target / kind).iterdir():
+                # of a pull that was killed before it had removed what it replaced
+                if (name := f"{kind}/{path.name}") not in kept and re.fullmatch(pattern, name, re.ASCII):
+                    path.unlink()
+        return manifest
