@@ -94,7 +94,7 @@ def test_nothing_is_compiled_under_the_interpreter(tmp_path):
 
 
 def test_committed_table_keeps_the_rules(monkeypatch):
-    """The table of `make kernels-inspect`: every variant of its precision and heads that the code launches, and no rule is broken."""
+    """The table of `make kernels-inspect` has every variant of its precision and heads, and none breaks a rule."""
     monkeypatch.syspath_prepend(SCRIPT.parent)
     inspection = importlib.import_module("inspect_kernels")
     content = json.loads((SCRIPT.parent.parent.parent / "results" / "kernels_inspect.json").read_text())
