@@ -1,7 +1,7 @@
 """Tile configurations: the first of a list is the default, the others are what `benchmark.py --tune` times.
 
-Chosen so that nothing spills and shared memory fits on sm_80, sm_90, sm_100 and gfx942; `inspect_kernels.py` checks
-all of them. float32 products run on the plain units (exact), so their tiles are small.
+Chosen so that nothing spills and shared memory fits on sm_80, sm_90, sm_100 and gfx942, which `inspect_kernels.py` checks
+in bf16 at heads of 64 and 128 (the others on demand). float32 products run on the plain units (exact), so their tiles are small.
 """
 
 import torch
@@ -30,14 +30,14 @@ def forward_configs(target: Target, dtype: torch.dtype, head_dim: int, bits: int
         return [{64: Config(64, 16, 8, 1), 128: Config(16, 32, 4, 1), 256: Config(16, 16, warps, 1)}[size]]
     if chip == "cdna":
         return {
-            64: [Config(128, 64, 4, 2), Config(64, 64, 4, 2)],
-            128: [Config(128, 64, 4, 1), Config(64, 64, 4, 1)],
+            64: [Config(128, 64, 4, 2), Config(64, 64, 4, 2)][bits == 4 :],
+            128: [Config(128, 64, 4, 1), Config(64, 64, 4, 1)][bits == 4 :],
             256: [Config(64, 32, 4, 1)],
         }[size]
     if size == 256 and chip != "blackwell" and (bits == 4 or (bits and chip == "ampere")):
         return [Config(32, 32, 4, 1)]
     if bits and chip == "ampere":
-        return [Config(64, 32, 4, 2)]
+        return [Config(32 if bits == 4 and size == 128 else 64, 32, 4, 2)]
     if size == 64:
         if bits:
             return [Config(128, 64, 8, 2 if chip == "blackwell" else 3)]
@@ -58,8 +58,9 @@ def decode_rows(dtype: torch.dtype, head_dim: int) -> int:
 def decode_configs(target: Target, dtype: torch.dtype, head_dim: int, bits: int, block_m: int) -> list[Config]:
     """Candidates of `decode_kernel` for `block_m` rows."""
     size, chip = _size(head_dim), family(target)
-    # int8 at 32 rows spills a little with four warps on Hopper
-    warps = 8 if block_m == 128 or (block_m, bits, size, chip) == (32, 8, 64, "hopper") else 4
+    # quantized keys and values spill a little with four warps on Hopper
+    crowded = chip == "hopper" and (block_m, size, bits) in ((32, 64, 8), (64, 128, 4))
+    warps = 8 if block_m == 128 or crowded else 4
     if dtype == torch.float32:
         if size == 64:
             return [Config(block_m, 32, 8 if block_m == 32 and chip in ("hopper", "blackwell") else 4, 1)]
@@ -74,6 +75,10 @@ def decode_configs(target: Target, dtype: torch.dtype, head_dim: int, bits: int,
     if (size, bits, chip) == (128, 8, "blackwell") and block_m in (16, 128):
         # the other number of warps spills a little in fp16
         return [Config(block_m, 32, 8 if block_m == 16 else 4, 2)]
+    if (size, chip) == (128, "ampere") and (block_m == 128 and bits or block_m == 64 and bits == 4):
+        return [Config(block_m, 16, 8, 2)]
+    if (size, block_m, bits) == (64, 32, 4) or (chip, size, block_m, bits) == ("blackwell", 64, 128, 8):
+        return [Config(block_m, 32, warps, 3)]
     if size == 256 or (bits and (size == 128 or chip == "ampere") and chip != "hopper"):
         return [Config(block_m, 32, 8 if block_m >= 64 else 4, 2)]
     default = Config(block_m, 64, warps, 3)
@@ -117,4 +122,6 @@ def projection_configs(target: Target, dtype: torch.dtype, bits: int) -> list[Co
         return [Config(32, 32, 8, 1)]
     if family(target) == "cdna":
         return [Config(128, 64, 4, 2), Config(64, 64, 4, 2)]
-    return [Config(128, 128, 8, 3), Config(128, 64, 4, 3)]
+    # the second spills a little
+    crowded = (bits, family(target)) in ((8, "hopper"), (4, "blackwell"))
+    return [Config(128, 128, 8, 3)] if crowded else [Config(128, 128, 8, 3), Config(128, 64, 4, 3)]
