@@ -1,7 +1,8 @@
 """Tile configurations: the first of a list is the default, the others are what `benchmark.py --tune` times.
 
-Chosen so that nothing spills and shared memory fits on sm_80, sm_90, sm_100 and gfx942, which `inspect_kernels.py` checks
-in bf16 at heads of 64 and 128 (the others on demand). float32 products run on the plain units (exact), so their tiles are small.
+Chosen so that nothing spills and shared memory fits on sm_80, sm_90, sm_100 and gfx942: `inspect_kernels.py` checks
+bf16 at heads of 64 and 128, the others on demand. float32 products run on the plain units (exact), so their tiles are
+small.
 """
 
 import torch
