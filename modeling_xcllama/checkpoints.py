@@ -97,16 +97,22 @@ def from_added_weights(
     return model.eval()
 
 
-def added_weights_tokenizers(folder: str | os.PathLike) -> tuple[XCLlamaConfig, list[PreTrainedTokenizerBase]]:
+def added_weights_tokenizers(
+    folder: str | os.PathLike, base: str | None = None
+) -> tuple[XCLlamaConfig, list[PreTrainedTokenizerBase]]:
     """Config and tokenizers (the decoder's, and a separate encoder's) of a folder of added weights.
+
+    Args:
+        base: folder or Hub id of the decoder, in place of the one in the config.
 
     Raises:
         ValueError: the config names no base.
     """
     config = XCLlamaConfig.from_pretrained(folder)
-    if config.base_model_name_or_path is None:
-        raise ValueError(f"{folder}/config.json names no base model, whose tokenizer is needed.")
-    names = [config.base_model_name_or_path]
+    base = base or config.base_model_name_or_path
+    if base is None:
+        raise ValueError(f"{folder}/config.json names no base model, whose tokenizer is needed; pass `base`.")
+    names = [base]
     names += [] if config.encoder_config is None else [config.encoder_name_or_path]
     tokenizers = [AutoTokenizer.from_pretrained(find_model(name)) for name in names]
     if (template := Path(folder) / "chat_template.jinja").is_file():

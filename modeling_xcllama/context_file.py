@@ -102,6 +102,8 @@ def _check_header(header: dict[str, str], path: Path) -> None:
     version = header["format_version"]
     if not (version.isascii() and version.isdecimal() and len(version) < 9):
         raise ValueError(f"{path} has no readable format version: {version!r:.40}.")
+    if int(version) < 1:
+        raise ValueError(f"{path} has format version {version}, the first is 1; encode the contexts again.")
     if int(version) > FORMAT_VERSION:
         raise ValueError(
             f"{path} has format version {version}, this code reads up to {FORMAT_VERSION}; update the model's code."

@@ -222,11 +222,17 @@ class XCLlamaProcessor(ProcessorMixin):
         return super().to_dict() | own
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "XCLlamaProcessor":
-        """`ProcessorMixin.from_pretrained`, also of a folder of added weights: with its base's tokenizer."""
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, base: str | None = None, **kwargs
+    ) -> "XCLlamaProcessor":
+        """`ProcessorMixin.from_pretrained`, also of a folder of added weights: with its base's tokenizer.
+
+        Args:
+            base: of added weights: folder or Hub id of the decoder, in place of the one in their config.
+        """
         if not is_added_weights(pretrained_model_name_or_path):
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        config, tokenizers = added_weights_tokenizers(pretrained_model_name_or_path)
+        config, tokenizers = added_weights_tokenizers(pretrained_model_name_or_path, base)
         processor = cls(*tokenizers, context_max_length=config.context_max_length)
         processor.check_prefix(config.context_prefix)
         return processor

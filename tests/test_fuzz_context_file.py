@@ -140,7 +140,9 @@ def test_header_fields(files, tmp_path, kind, field, value):
     if field != "checksum" and value != original:
         assert attempt(tmp_path / "cache", merge(header, body), verify=True) is None
     if cache is not None:
-        assert field in ("fingerprint", "checksum") or value == original
+        # floating-point states are read in every version
+        older = field == "format_version" and value == "1"
+        assert older or field in ("fingerprint", "checksum") or value == original
 
 
 SIZES = st.one_of(st.integers(0, 70), st.sampled_from([2**31, 2**47, 2**62, 2**63 - 1, 2**63, 2**64]))

@@ -220,7 +220,7 @@ def test_a_dry_run_without_a_token_asks_nobody(server, tmp_path, monkeypatch, ca
         unchecked.setattr(assembling, "check_space", lambda *values: None)
         publish(release, tmp_path / "out", dry_run=True)
     out = capsys.readouterr().out
-    assert "3 added" in out
+    assert "5 added" in out
     assert "dry run: nothing was sent\nan upload would be refused, and every file counts as new: no Hub token" in out
     assert asked == []
     assert "- someone/tiny\n" in (tmp_path / "out" / "space" / "xcllama-demo" / "README.md").read_text()

@@ -38,7 +38,8 @@ def _poison_new_memory():
 def assert_matches(case: Case, result: tuple[torch.Tensor, torch.Tensor]) -> None:
     output, lse = result
     expected, expected_lse = cross_attention_reference(*case.arguments, **case.quantization)
-    tolerance = TOLERANCES[case.query.dtype]
+    # what is dequantized is rounded to the query's dtype once more than the reference rounds it
+    tolerance = TOLERANCES[case.query.dtype] * (2 if case.quantization else 1)
     assert output.dtype == case.query.dtype
     assert relative_error(output, expected) < tolerance
     finite = expected_lse.isfinite()

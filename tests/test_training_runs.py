@@ -177,7 +177,7 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(make_recipe
     def poisoned(step: int):
         found = batches(step)
         if step == 9:
-            found[0].context_states.fill_(float("nan"))
+            objective.model.model.context_projections[0].k_proj.weight.data.fill_(float("nan"))
         return found
 
     with pytest.raises(DivergedError, match=r"step 10 is nan.*Examples: 0:0:\d+:0") as error:

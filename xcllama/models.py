@@ -40,7 +40,9 @@ def load_model(
     before = logging.set_tqdm_hook(lambda factory, arguments, given: factory(*arguments, **given | {"disable": True}))
     try:
         model = XCLlamaForCausalLM.from_pretrained(name, base=base, **{"dtype": "auto"} | options)
-        return model.eval(), XCLlamaProcessor.from_pretrained(name)
+        # a model that is given has no tokenizer
+        named = base if isinstance(base, str) else None
+        return model.eval(), XCLlamaProcessor.from_pretrained(name, base=named)
     finally:
         logging.set_tqdm_hook(before)
 
