@@ -83,7 +83,8 @@ def _train(result: dict[str, Any]) -> list[str]:
     if curve:
         text += f": loss {curve[0]['loss']:.2f} to {curve[-1]['loss']:.2f}"
     if held_out and held_out["questions"]:
-        text += f"; F1 {held_out['f1']:.3f} on {held_out['questions']} questions of {result['data']['held_out']}"
+        asked = result["data"].get("held_out", "the pool")
+        text += f"; F1 {held_out['f1']:.3f} on {held_out['questions']} questions of {asked}"
     return [f"{text}. It ended by: {result['ended']}."]
 
 
