@@ -42,7 +42,8 @@ from xcllama_kernels.reference import dequantize
 
 from xcllama.provenance import require_clean, write_result
 
-TOLERANCE = 1e-2
+# relative error in 16 bits; outliers of quantized keys make scores large, and their rounding with them
+TOLERANCE, QUANTIZED_TOLERANCE = 1e-2, 2e-2
 # tokens of a context that the targets of int8 and int4 are for
 LONG = 65536
 
@@ -136,7 +137,8 @@ def records_of(work: Work | Projection, tuning: bool, device: torch.device, ceil
 def is_wrong(record: dict) -> bool:
     """Whether one of our kernels failed or missed the reference."""
     result = record.get("ours", record)
-    return "left_out" not in record and ("failed" in result or not result.get("error", 0.0) < TOLERANCE)
+    tolerance = QUANTIZED_TOLERANCE if record.get("bits") else TOLERANCE
+    return "left_out" not in record and ("failed" in result or not result.get("error", 0.0) < tolerance)
 
 
 def targets(records: list[dict]) -> list[dict[str, object]]:
