@@ -73,9 +73,7 @@ def source(name: str, result: dict[str, Any], rows: list[dict[str, Any] | None] 
     own = ("commit", "dirty", "code", "machine", "cpu_capability", "date")
     states: dict[tuple, list[dict[str, Any]]] = {}
     for row in rows or [{}]:
-        # rows of before did not say of what code they are
-        made = row if row and "code" in row else {}
-        run = result["provenance"] | {field: made[field] for field in own if field in made}
+        run = result["provenance"] | {field: row[field] for field in own if row and field in row}
         states.setdefault((run["commit"], run["dirty"], run["machine"], str(run.get("code"))), []).append(run)
     lines = []
     for runs in states.values():
